@@ -1,0 +1,5 @@
+"""`python -m moe.cli …`, the same as the `moe` console script."""
+
+from moe.cli import main
+
+main()
