@@ -1,0 +1,249 @@
+"""The routed experts of a mixture-of-experts layer, from routing decision to weighted sum.
+
+    h_r = x[token r] @ gate_up[e].T          (R, 2F): gate in the first F columns, up in the last F
+    a_r = silu(gate) * up                    (R, F)
+    o_r = a_r @ down[e].T                    (R, D)
+    y_t = sum over the K rows r of t: w_r o_r
+
+Backward, with dy the gradient of y and q_r = dy[token r] @ down[e]:
+
+    dw_r = q_r . a_r                         so o need not be kept
+    da_r = w_r q_r,   ddown[e] = sum_r dy[token r].T (w_r a_r)
+    dup  = da silu(gate),   dgate = da up silu'(gate)
+    dx_t = sum_r dh_r @ gate_up[e],   dgate_up[e] = sum_r dh_r.T x[token r]
+
+Between forward and backward only x, h and the index arrays are kept: a is computed again, o is never needed.
+Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
+
+Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
+y = 0.5*20 + 0.25*60 = 25.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from .backend import resolve
+from .dispatch import sort_rows
+from .errors import KernelError
+from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
+
+__all__ = ["expert_mlp"]
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    topk_index_TK: Tensor,
+    topk_weight_TK: Tensor,
+    *,
+    tokens_per_expert: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y_TD: every token through its K experts, summed with its weights. Dropless; no host synchronisation on CUDA.
+
+    x_TD: fp32, bf16 or fp16. gate_up_EFD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). topk_index_TK: integers in
+    [0, E). topk_weight_TK: fp32. tokens_per_expert: counts of topk_index_TK when the router has them; else counted.
+    Differentiable in x, both weights and topk_weight. Under autocast it computes in the autocast dtype, and gradients
+    of fp32 parameters are fp32.
+    """
+    _check(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert)
+    device_type = x_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        x_TD = x_TD.to(torch.get_autocast_dtype(device_type))
+    elif not x_TD.dtype == gate_up_EFD.dtype == down_EDF.dtype:
+        raise KernelError(
+            f"x_TD is {x_TD.dtype}, gate_up_EFD {gate_up_EFD.dtype} and down_EDF {down_EDF.dtype}: "
+            "cast them to one dtype or run under torch.autocast"
+        )
+    backend = resolve(backend, x_TD.device)
+    return _expert_mlp(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, backend)[0]
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise KernelError(f"x_TD has {x.dim()} dimensions: flatten it to (tokens, model)")
+    n_experts, width = down.shape[0], x.shape[1]
+    hidden = down.shape[-1]
+    if gate_up.shape != (n_experts, 2 * hidden, width) or down.shape != (n_experts, width, hidden):
+        raise KernelError(
+            f"gate_up_EFD {tuple(gate_up.shape)} and down_EDF {tuple(down.shape)} do not fit x_TD {tuple(x.shape)}: "
+            "give (experts, 2 * hidden, model) and (experts, model, hidden)"
+        )
+    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape != weight.shape:
+        raise KernelError(
+            f"topk_index_TK {tuple(index.shape)} and topk_weight_TK {tuple(weight.shape)} must both be "
+            f"({x.shape[0]}, top_k)"
+        )
+    if counts is not None and counts.shape != (n_experts,):
+        raise KernelError(f"tokens_per_expert has shape {tuple(counts.shape)}: give ({n_experts},)")
+
+
+# torch reference of the parts between the matrix products
+
+
+def _swiglu(h: Tensor) -> Tensor:
+    gate, up = h.float().chunk(2, dim=-1)
+    return silu(gate).mul_(up).to(h.dtype)
+
+
+def _swiglu_backward(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh (R, 2F), w * a (R, F), dw (R,)) from q = dy @ down, the kept h and the rows' weights w (R,)."""
+    gate, up = h.float().chunk(2, dim=-1)
+    q = q.float()
+    s = silu(gate)
+    a = s * up
+    dw = (q * a).sum(-1)
+    da = q * w[:, None]
+    dh = torch.empty_like(h)
+    hidden = gate.shape[1]
+    dh[:, hidden:] = da * s
+    dh[:, :hidden] = torch.ops.aten.silu_backward(da.mul_(up), gate)
+    return dh, a.mul_(w[:, None]).to(h.dtype), dw
+
+
+def _sum_slots(rows: Tensor, order: Tensor, top_k: int, w: Tensor | None) -> Tensor:
+    """(T, D): the K rows of each token added in fp32, slot after slot, with weights w (T, K) if given."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    place = place.view(-1, top_k)
+    total = torch.zeros(place.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    for k in range(top_k):
+        part = rows.index_select(0, place[:, k]).float()
+        total = total.add_(part) if w is None else total.addcmul_(part, w[:, k, None])
+    return total.to(rows.dtype)
+
+
+# by backend
+
+
+def _forward(
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    top_k = index.shape[1]
+    order, offsets = sort_rows(index, gate_up.shape[0], counts, backend)
+    rows = x.index_select(0, order // top_k)
+    h = gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend)
+    del rows
+    out = gemm_forward(_swiglu(h), down.to(x.dtype).contiguous(), offsets, backend)
+    return _sum_slots(out, order, top_k, weight.float()), h, order, offsets
+
+
+def _backward_parts(
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_x, need_gate_up, need_down, _ = need
+    top_k = weight.shape[1]
+    token = order // top_k
+    dy_rows = dy.to(x.dtype).index_select(0, token)
+    q = gemm_dgrad(dy_rows, down.to(x.dtype).contiguous(), offsets, backend)
+    dh, wa, dw_rows = _swiglu_backward(q, h, weight.float().flatten().index_select(0, order))
+    del q
+    d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, backend) if need_down else down.new_empty(0)
+    del dy_rows, wa
+    d_weight = torch.empty(weight.numel(), dtype=torch.float32, device=x.device)
+    d_weight[order] = dw_rows
+    d_gate_up = gate_up.new_empty(0)
+    if need_gate_up:
+        d_gate_up = gemm_wgrad(dh, x.index_select(0, token), offsets, gate_up.dtype, backend)
+    d_x = x.new_empty(0)
+    if need_x:
+        d_rows = gemm_dgrad(dh, gate_up.to(x.dtype).contiguous(), offsets, backend)
+        d_x = _sum_slots(d_rows, order, top_k, None)
+    return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
+
+
+# library op
+
+
+@torch.library.custom_op("moe_kernels::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, order, offsets); weights are cast to x's dtype and only the originals are kept."""
+    return _forward(x, gate_up, down, index, weight, counts, backend)
+
+
+@_expert_mlp.register_fake
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = index.numel()
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((rows, gate_up.shape[1])),
+        index.new_empty((rows,), dtype=torch.int64),
+        index.new_empty((gate_up.shape[0] + 1,), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("moe_kernels::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
+    return _backward_parts(dy, x, gate_up, down, weight, h, order, offsets, need, backend)
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need[0] else (0,)),
+        gate_up.new_empty(gate_up.shape if need[1] else (0,)),
+        down.new_empty(down.shape if need[2] else (0,)),
+        weight.new_empty(weight.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, gate_up, down, _, weight, _, backend = inputs
+    _, h, order, offsets = output
+    ctx.mark_non_differentiable(h, order, offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gate_up, down, weight, h, order, offsets)
+    ctx.backend = backend
+
+
+def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
+    if dy is None:
+        return (None,) * 7
+    x_needed, gate_up_needed, down_needed, _, weight_needed = ctx.needs_input_grad[:5]
+    need = [x_needed, gate_up_needed, down_needed, weight_needed]
+    grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, ctx.backend)
+    d_x, d_gate_up, d_down, d_weight = (g if needed else None for g, needed in zip(grads, need, strict=True))
+    return d_x, d_gate_up, d_down, None, d_weight, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup_context)
