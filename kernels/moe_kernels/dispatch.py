@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# (jit functions: Triton reads their annotations itself)
 """Sort the R = T*K (token, slot) pairs by expert, stably: rows of one expert stay in token order.
 
     order_R      int64   order[r] = t*K + k: which flattened slot sorted row r came from
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._triton import on_device_of, tl, triton
 from .backend import resolve
 from .errors import KernelError
 
@@ -56,12 +59,72 @@ def _sort_torch(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[T
     return order, offsets
 
 
+# kernels
+
+
+@triton.jit
+def expert_histogram_kernel(p_index, p_hist, n_rows, n_experts, BR: tl.constexpr, BE: tl.constexpr):
+    """hist[block, e] = how many of the block's BR rows chose expert e."""
+    block = tl.program_id(0)
+    o_row = block * BR + tl.arange(0, BR)
+    m_row = o_row < n_rows
+    expert = tl.load(p_index + o_row, mask=m_row, other=n_experts).to(tl.int32)
+    o_e = tl.arange(0, BE)  # BE > n_experts: rows past the end are counted in a bin that is not stored
+    hist = tl.histogram(expert, BE)
+    tl.store(p_hist + block.to(tl.int64) * n_experts + o_e, hist, mask=o_e < n_experts)
+
+
+@triton.jit
+def scatter_rows_kernel(p_index, p_base, p_order, n_rows, n_experts, BR: tl.constexpr):
+    """order[base[block, e] + rank] = row, rank being the number of earlier rows of the block with the same expert.
+
+    Example: BR = 4, one block, experts 2 0 0 2, base 0 2 2 -> ranks 0 0 1 1, places 2 0 1 3, order 1 2 0 3.
+    """
+    block = tl.program_id(0)
+    o_row = block * BR + tl.arange(0, BR)
+    o_other = block * BR + tl.arange(0, BR)
+    m_row = o_row < n_rows
+    expert = tl.load(p_index + o_row, mask=m_row, other=0).to(tl.int32)
+    other = tl.load(p_index + o_other, mask=o_other < n_rows, other=-1).to(tl.int32)
+    earlier = (other[None, :] == expert[:, None]) & (o_other[None, :] < o_row[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    base = tl.load(p_base + block.to(tl.int64) * n_experts + expert, mask=m_row, other=0)
+    tl.store(p_order + base + rank, o_row.to(tl.int64), mask=m_row)
+
+
+# launcher
+
+SORT_BLOCK = 128  # rows per program: ranks compare them pairwise
+
+
+def _sort_triton(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    flat = index.contiguous().view(-1)
+    n_rows = flat.numel()
+    n_blocks = triton.cdiv(n_rows, SORT_BLOCK)
+    hist = torch.empty(n_blocks, n_experts, dtype=torch.int32, device=index.device)
+    order = torch.empty(n_rows, dtype=torch.int64, device=index.device)
+    with on_device_of(index):
+        if n_rows:
+            expert_histogram_kernel[(n_blocks,)](
+                flat, hist, n_rows, n_experts, BR=SORT_BLOCK, BE=triton.next_power_of_2(n_experts + 1), num_warps=4
+            )
+        through = hist.cumsum(0, dtype=torch.int32)
+        offsets = torch.zeros(n_experts + 1, dtype=torch.int32, device=index.device)
+        total = hist.sum(0, dtype=torch.int32) if counts is None else counts
+        torch.cumsum(total, 0, dtype=torch.int32, out=offsets[1:])
+        base = through - hist + offsets[:-1]
+        if n_rows:
+            scatter_rows_kernel[(n_blocks,)](flat, base, order, n_rows, n_experts, BR=SORT_BLOCK, num_warps=4)
+    return order, offsets
+
+
 # library op
 
 
 def sort_rows(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """(order_R, offsets_E1) by the given backend; what the library ops of this package are built from."""
-    return _sort_torch(index, n_experts, counts)
+    run = _sort_triton if backend == "triton" else _sort_torch
+    return run(index, n_experts, counts)
 
 
 @torch.library.custom_op("moe_kernels::sort_by_expert", mutates_args=())

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from .backend import resolve
+from .combine import sum_slots
 from .dispatch import sort_rows
 from .errors import KernelError
 from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
+from .swiglu import swiglu_backward, swiglu_forward
 
 __all__ = ["expert_mlp"]
 
@@ -82,41 +83,6 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
         raise KernelError(f"tokens_per_expert has shape {tuple(counts.shape)}: give ({n_experts},)")
 
 
-# torch reference of the parts between the matrix products
-
-
-def _swiglu(h: Tensor) -> Tensor:
-    gate, up = h.float().chunk(2, dim=-1)
-    return silu(gate).mul_(up).to(h.dtype)
-
-
-def _swiglu_backward(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh (R, 2F), w * a (R, F), dw (R,)) from q = dy @ down, the kept h and the rows' weights w (R,)."""
-    gate, up = h.float().chunk(2, dim=-1)
-    q = q.float()
-    s = silu(gate)
-    a = s * up
-    dw = (q * a).sum(-1)
-    da = q * w[:, None]
-    dh = torch.empty_like(h)
-    hidden = gate.shape[1]
-    dh[:, hidden:] = da * s
-    dh[:, :hidden] = torch.ops.aten.silu_backward(da.mul_(up), gate)
-    return dh, a.mul_(w[:, None]).to(h.dtype), dw
-
-
-def _sum_slots(rows: Tensor, order: Tensor, top_k: int, w: Tensor | None) -> Tensor:
-    """(T, D): the K rows of each token added in fp32, slot after slot, with weights w (T, K) if given."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    place = place.view(-1, top_k)
-    total = torch.zeros(place.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
-    for k in range(top_k):
-        part = rows.index_select(0, place[:, k]).float()
-        total = total.add_(part) if w is None else total.addcmul_(part, w[:, k, None])
-    return total.to(rows.dtype)
-
-
 # by backend
 
 
@@ -128,8 +94,8 @@ def _forward(
     rows = x.index_select(0, order // top_k)
     h = gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend)
     del rows
-    out = gemm_forward(_swiglu(h), down.to(x.dtype).contiguous(), offsets, backend)
-    return _sum_slots(out, order, top_k, weight.float()), h, order, offsets
+    out = gemm_forward(swiglu_forward(h, backend), down.to(x.dtype).contiguous(), offsets, backend)
+    return sum_slots(out, order, top_k, weight.float(), backend), h, order, offsets
 
 
 def _backward_parts(
@@ -149,7 +115,7 @@ def _backward_parts(
     token = order // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
     q = gemm_dgrad(dy_rows, down.to(x.dtype).contiguous(), offsets, backend)
-    dh, wa, dw_rows = _swiglu_backward(q, h, weight.float().flatten().index_select(0, order))
+    dh, wa, dw_rows = swiglu_backward(q, h, weight.float().flatten().index_select(0, order), backend)
     del q
     d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, backend) if need_down else down.new_empty(0)
     del dy_rows, wa
@@ -161,7 +127,7 @@ def _backward_parts(
     d_x = x.new_empty(0)
     if need_x:
         d_rows = gemm_dgrad(dh, gate_up.to(x.dtype).contiguous(), offsets, backend)
-        d_x = _sum_slots(d_rows, order, top_k, None)
+        d_x = sum_slots(d_rows, order, top_k, None, backend)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from .backend import resolve
 from .errors import KernelError
+from .routing_backward import route_backward
+from .routing_forward import route_forward
 
 __all__ = ["RouteResult", "topk_route"]
 
-_EPS = 1e-20
 _SCORE_FUNCS = ("sigmoid", "softmax")
 _TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -102,91 +103,6 @@ def _check(
         raise KernelError(f"top_k={top_k} must lie between 1 and the {available} experts a token may choose from")
 
 
-# torch reference
-
-
-def _select(biased: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row, descending, ties to the lowest index.
-
-    torch.topk leaves the order of ties open. On CPU only the rows with equal neighbours among the first k+1 are done
-    again with unique keys (32k x 256, k = 8: 41 ms against 135 ms for unique keys throughout and 200 ms for a stable
-    sort); elsewhere all rows are, because finding such rows would synchronise.
-    """
-    if biased.device.type != "cpu":
-        return _select_unique(biased, k)
-    values, index = biased.topk(min(k + 1, biased.shape[1]), dim=-1)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1).nonzero().squeeze(-1)
-    index = index[:, :k].contiguous()
-    if tied.numel():
-        index[tied] = _select_unique(biased[tied], k)
-    return index
-
-
-def _select_unique(biased: Tensor, k: int) -> Tensor:
-    bits = (biased + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
-    reverse = torch.arange(biased.shape[1] - 1, -1, -1, device=biased.device)
-    key = (ordered.to(torch.int64) << 32) | reverse
-    return biased.shape[1] - 1 - (key.topk(k, dim=-1).values & 0xFFFFFFFF)
-
-
-def _mask_losing_groups(biased: Tensor, topk_method: str, n_group: int, topk_group: int) -> Tensor:
-    grouped = biased.view(biased.shape[0], n_group, -1)
-    if topk_method == "noaux_tc":
-        group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-    else:
-        group_score = grouped.amax(-1)
-    loses = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, _select(group_score, topk_group), False)
-    return grouped.masked_fill(loses.unsqueeze(-1), float("-inf")).view_as(biased)
-
-
-def _forward_torch(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    score_func: str,
-    topk_method: str,
-    n_group: int,
-    topk_group: int,
-    norm_topk_prob: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_experts = logits.shape[1]
-    scores = logits.float().sigmoid() if score_func == "sigmoid" else logits.float().softmax(-1)
-    biased = scores if bias is None else scores + bias.float()
-    if n_group > topk_group:
-        biased = _mask_losing_groups(biased, topk_method, n_group, topk_group)
-    index = _select(biased, top_k)
-    weight = scores.gather(1, index)
-    if norm_topk_prob:
-        weight = weight / (weight.sum(-1, keepdim=True) + _EPS)
-    counts = torch.zeros(n_experts, dtype=torch.int32, device=logits.device)
-    counts.scatter_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.int32, device=logits.device))
-    return index, weight * scale, scores, counts
-
-
-def _backward_torch(
-    g_weight: Tensor | None,
-    g_scores: Tensor | None,
-    scores: Tensor,
-    index: Tensor,
-    score_func: str,
-    norm_topk_prob: bool,
-    scale: float,
-) -> Tensor:
-    d_scores = torch.zeros_like(scores) if g_scores is None else g_scores.float().clone()
-    if g_weight is not None:
-        g = g_weight.float() * scale
-        if norm_topk_prob:
-            chosen = scores.gather(1, index)
-            total = chosen.sum(-1, keepdim=True) + _EPS
-            g = (g - (g * chosen / total).sum(-1, keepdim=True)) / total
-        d_scores.scatter_add_(1, index, g)
-    if score_func == "sigmoid":
-        return d_scores * scores * (1 - scores)
-    return scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True))
-
-
 # library op
 
 
@@ -203,7 +119,9 @@ def _topk_route(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_torch(logits, bias, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale)
+    return route_forward(
+        logits, bias, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale, backend
+    )
 
 
 @_topk_route.register_fake
@@ -239,7 +157,7 @@ def _topk_route_backward(
     scale: float,
     backend: str,
 ) -> Tensor:
-    return _backward_torch(g_weight, g_scores, scores, index, score_func, norm_topk_prob, scale)
+    return route_backward(g_weight, g_scores, scores, index, score_func, norm_topk_prob, scale, backend)
 
 
 @_topk_route_backward.register_fake
