@@ -1,0 +1,76 @@
+"""One writer per ledger, one reader per device: advisory locks that die with their process.
+
+POSIX record locks, because they also hold on network file systems and a forked data worker that outlives its parent
+does not inherit them. They do not conflict within a process and vanish when the process closes any descriptor of the
+file, so the lock is a file of its own and a registry covers the process itself.
+"""
+
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+from moe.errors import LedgerError
+
+__all__ = ["Lock", "lock_device", "lock_ledger"]
+
+_held: set[str] = set()
+
+
+class Lock:
+    """A held lock; `release` gives it back."""
+
+    def __init__(self, key: str, fd: int) -> None:
+        self._key, self._fd, self._pid = key, fd, os.getpid()
+
+    def release(self) -> None:
+        """Give the lock back; a forked child that inherited this object must not, and does not."""
+        if self._key in _held and self._pid == os.getpid():
+            _held.discard(self._key)
+            os.close(self._fd)
+
+
+def _acquire(path: Path, flags: int, mode: int) -> Lock | None:
+    """The lock, or None when this or another process holds it. Raises OSError when the file cannot be opened."""
+    key = os.path.realpath(path)
+    if key in _held:  # opening the file again, and closing it, would drop the lock this process holds
+        return None
+    try:
+        # without O_CREAT first: the kernel refuses O_CREAT on another user's file in a sticky folder
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        fd = os.open(path, flags | os.O_CREAT, mode)
+        os.fchmod(fd, mode)  # whatever the umask: the next user must be able to open it
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    _held.add(key)
+    return Lock(key, fd)
+
+
+def lock_ledger(ledger: Path) -> Lock:
+    """Lock `<ledger>.lock`. LedgerError when a living meter writes this ledger, or the folder is not writable."""
+    path = ledger.with_name(ledger.name + ".lock")
+    try:
+        lock = _acquire(path, os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise LedgerError(f"ledger {ledger} cannot be locked ({error.strerror}): choose a writable folder") from None
+    if lock is None:
+        raise LedgerError(f"ledger {ledger} is being written by another meter: stop that run, or choose another folder")
+    return lock
+
+
+def lock_device(uuid: str) -> Lock | None:
+    """Claim the reading of one device on this machine; None when another meter reads it.
+
+    A lock file that cannot be opened at all (a stranger's, in a sticky folder) detects nothing and disturbs nobody: the
+    claim is then granted without a lock.
+    """
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in uuid)
+    path = Path(tempfile.gettempdir()) / f"frugal-moe-energy-{name}.lock"
+    try:
+        return _acquire(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError:
+        return Lock("", -1)
