@@ -1,0 +1,283 @@
+"""Folds the ledgers of one run into totals: in integers, so that devices and phases sum to the total exactly.
+
+What the numbers mean
+    energy         joules between the first and last valid reading of each segment, plus `unattributed`
+    unattributed   joules lost with a killed process: its counter went on, in the same boot, until the next segment read
+                   it. At most one flush interval is billed; a longer gap is shared by time, for nobody knows more.
+    device_hours   devices x time from the start of the process to the last ledger line, summed over segments
+    useful         time (energy) of steps that survive in the final lineage: what a later segment redid is not useful.
+                   None when the run never told its steps
+    coverage       share of that time lying between two valid reads
+    band           sensor gain x energy, plus two ticks of full power per device and segment
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe.energy.clock import parse_utc_ns
+from moe.energy.ledger import Record, read_ledger
+from moe.energy.sources.base import is_measured
+from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
+from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, Total
+from moe.errors import LedgerError
+
+__all__ = ["FileFold", "Fold", "device_hours_of", "fold_ledgers"]
+
+NS_PER_HOUR = 3_600_000_000_000
+
+
+@dataclass
+class FileFold:
+    """One ledger file, fed record by record."""
+
+    path: Path | None
+    segments: list[Segment] = field(default_factory=list)
+    torn_bytes: int = 0
+
+    def feed(self, record: Record) -> None:
+        """Take the next record in."""
+        if record["kind"] == "segment":
+            self.segments.append(Segment(record))
+        elif self.segments:
+            self.segments[-1].feed(record)
+        else:
+            raise LedgerError(f"ledger {self.path} does not begin with a segment line: restore it from a copy")
+
+    @classmethod
+    def read(cls, path: Path) -> "FileFold":
+        """The fold of a whole ledger. Raises LedgerError when it is damaged."""
+        file = cls(path)
+        for record in read_ledger(path, on_torn=file.note_torn):
+            file.feed(record)
+        return file
+
+    def note_torn(self, size: int) -> None:
+        """Remember that the ledger ended in `size` bytes of an unfinished line."""
+        self.torn_bytes = size
+
+    def unattributed_mj(self, position: int) -> dict[str, int]:
+        """Per device, what a lost segment used after its last reading, as the next segment's counter tells it."""
+        if position == 0 or self.segments[position - 1].end_reason is not None:
+            return {}
+        before, after = self.segments[position - 1], self.segments[position]
+        if before.header["boot_id"] != after.header["boot_id"] or not before.header["boot_id"]:
+            return {}
+        limit_ns = round(before.header["flush_s"] * 1e9)
+        lost: dict[str, int] = {}
+        for uuid, line in after.lines.items():
+            old = before.lines.get(uuid)
+            if old is None or old.device["source"] != "counter" or line.device["source"] != "counter":
+                continue
+            if old.track.last_raw_mj is None or line.first_raw_mj is None:
+                continue
+            delta_mj = line.first_raw_mj - old.track.last_raw_mj
+            gap_ns = line.times_ns[0] - old.track.last_ns
+            if delta_mj > 0:
+                lost[uuid] = delta_mj if gap_ns <= limit_ns else delta_mj * limit_ns // gap_ns
+        return lost
+
+    def lineage_end(self, position: int) -> int | None:
+        """The last step of this segment that survives: its own last one, unless a later segment resumed before it."""
+        last = self.segments[position].last_step
+        if last is None:
+            return None
+        return min([last, *(later.header["resumed_step"] for later in self.segments[position + 1 :])])
+
+    @property
+    def energy_mj(self) -> int:
+        lost = (sum(self.unattributed_mj(i).values()) for i in range(len(self.segments)))
+        return sum(segment.energy_mj for segment in self.segments) + sum(lost)
+
+    @property
+    def has_reading(self) -> bool:
+        return any(line.times_ns for segment in self.segments for line in segment.lines.values())
+
+
+def device_hours_of(segment: Segment) -> float:
+    """Devices x time of one segment."""
+    return len(segment.lines) * segment.elapsed_ns / NS_PER_HOUR
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A run's ledgers, folded. `notes` are sentences a reader of the numbers should see."""
+
+    files: list[FileFold]
+    total: Total
+    devices: list[DeviceTotal]
+    phases: dict[str, PhaseTotal]
+    segments: list[SegmentSummary]
+    notes: list[str]
+
+    def at(self, segment: int, boottime_ns: int) -> tuple[float | None, float]:
+        """(joules, device-hours) of the whole run up to a moment of a segment, on the first ledger's boottime clock.
+
+        Interpolated between readings; joules are None when the run read no sensor at all. Other nodes' clocks are
+        lined up through UTC. Raises LedgerError for a segment the ledger does not have.
+        """
+        moment_utc_ns = None
+        energy_mj, device_hours = 0.0, 0.0
+        for file in self.files:
+            for position, part in enumerate(file.segments):
+                if part.index > segment:
+                    break
+                energy_mj += sum(file.unattributed_mj(position).values())
+                if part.index < segment:
+                    energy_mj += part.energy_mj
+                    device_hours += device_hours_of(part)
+                    continue
+                offset_ns = parse_utc_ns(part.header["utc"]) - part.header["boottime_ns"]
+                if moment_utc_ns is None:
+                    moment_utc_ns = boottime_ns + offset_ns
+                at_ns = min(max(moment_utc_ns - offset_ns, part.start_ns), part.last_ns)
+                energy_mj += sum(line.energy_at(at_ns) for line in part.lines.values())
+                device_hours += len(part.lines) * (at_ns - part.start_ns) / NS_PER_HOUR
+        if moment_utc_ns is None:
+            raise LedgerError(f"segment {segment} is in none of the ledgers {[str(file.path) for file in self.files]}")
+        return None if self.total.energy_j is None else energy_mj / 1000, device_hours
+
+    def to_json(self, footprint: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The run as `moe energy report --json` prints it."""
+        return {
+            "total": vars(self.total),
+            "devices": [vars(device) for device in self.devices],
+            "phases": {
+                name: {"energy_j": phase.energy_j, "elapsed_s": phase.elapsed_s} for name, phase in self.phases.items()
+            },
+            "footprint": footprint or {},
+            "segments": [vars(segment) for segment in self.segments],
+        }
+
+
+def fold_ledgers(paths: Sequence[Path | str]) -> Fold:
+    """Fold the ledgers of one run, one per node, the first node's first. Raises LedgerError when one is damaged."""
+    files = []
+    for path in map(Path, paths):
+        files.append(FileFold.read(path))
+    if not any(file.segments for file in files):
+        raise LedgerError(f"ledger {', '.join(map(str, paths))} is empty: the run stopped before its first line")
+    return _fold(files)
+
+
+def _fold(files: list[FileFold]) -> Fold:
+    phases, useful_mj, useful_ns = _phases(files)
+    devices = _devices(files)
+    summaries = [_summary(file, position) for file in files for position in range(len(file.segments))]
+    energy_mj = sum(file.energy_mj for file in files)
+    unattributed_mj = sum(sum(f.unattributed_mj(i).values()) for f in files for i in range(len(f.segments)))
+    segments = [segment for file in files for segment in file.segments]
+    by_source = {device.source: 0.0 for device in devices}
+    for device in devices:
+        by_source[device.source] += device.energy_j
+    if unattributed_mj:
+        by_source["counter"] += unattributed_mj / 1000
+    covered_ns = sum(line.track.covered_ns for segment in segments for line in segment.lines.values())
+    device_ns = sum(len(segment.lines) * segment.elapsed_ns for segment in segments)
+    total = Total(
+        energy_j=energy_mj / 1000 if any(file.has_reading for file in files) else None,
+        energy_mj=energy_mj,
+        device_hours=device_ns / NS_PER_HOUR,
+        useful_device_hours=None if useful_ns is None else useful_ns / NS_PER_HOUR,
+        useful_energy_j=None if useful_ns is None else useful_mj / 1000,
+        band_j=sum(device.band_j for device in devices) + unattributed_mj / 1000,
+        coverage=min(1.0, covered_ns / device_ns) if device_ns else 0.0,
+        unattributed_j=unattributed_mj / 1000,
+        scope="+".join(sorted({device.scope for device in devices})),
+        source="+".join(sorted(by_source)),
+        measured=all(is_measured(source) for source in by_source),
+        energy_by_source_j=by_source,
+    )
+    return Fold(files, total, devices, phases, summaries, _notes(files, total))
+
+
+def _phases(files: list[FileFold]) -> tuple[dict[str, PhaseTotal], float, float | None]:
+    """Phase totals, useful millijoules, and useful device-nanoseconds (None when no step was ever told)."""
+    energies: dict[str, int] = {}
+    elapsed_ns: dict[str, int] = {}
+    useful_mj, useful_ns, told = 0.0, 0.0, False
+    for file in files:
+        for position, segment in enumerate(file.segments):
+            end = file.lineage_end(position)
+            told = told or end is not None
+            parts, segment_useful_mj = segment.phase_energies(end or 0)
+            if end is not None:
+                useful_mj += segment_useful_mj
+                useful_ns += segment.useful_ns(end) * len(segment.lines)
+            for name, part_mj in parts.items():
+                energies[name] = energies.get(name, 0) + part_mj
+            for span in segment.spans:
+                for name, spent_ns in span.phase_ns.items():
+                    elapsed_ns[name] = elapsed_ns.get(name, 0) + spent_ns
+            lost_mj = sum(file.unattributed_mj(position).values())
+            energies[UNATTRIBUTED] = energies.get(UNATTRIBUTED, 0) + lost_mj
+    names = [*elapsed_ns, *(name for name in energies if name not in elapsed_ns)]
+    totals = {name: PhaseTotal(energies.get(name, 0), elapsed_ns.get(name, 0) / 1e9) for name in names}
+    return totals, useful_mj, useful_ns if told else None
+
+
+def _devices(files: list[FileFold]) -> list[DeviceTotal]:
+    lines: dict[tuple[str, str], list[tuple[Segment, DeviceLine]]] = {}
+    for file in files:
+        for segment in file.segments:
+            for uuid, line in segment.lines.items():
+                lines.setdefault((uuid, line.device["source"]), []).append((segment, line))
+    totals = []
+    for (uuid, source), parts in lines.items():
+        device = parts[-1][1].device
+        wall_ns = sum(segment.elapsed_ns for segment, _ in parts)
+        covered_ns = sum(line.track.covered_ns for _, line in parts)
+        totals.append(
+            DeviceTotal(
+                uuid=uuid,
+                name=device["name"],
+                source=source,
+                scope=device["scope"],
+                energy_j=sum(line.energy_mj for _, line in parts) / 1000,
+                band_j=sum(line.band_j() for _, line in parts),
+                coverage=min(1.0, covered_ns / wall_ns) if wall_ns else 0.0,
+                note=device["note"],
+            )
+        )
+    return totals
+
+
+def _summary(file: FileFold, position: int) -> SegmentSummary:
+    segment = file.segments[position]
+    header = segment.header
+    return SegmentSummary(
+        ledger=str(file.path),
+        segment=segment.index,
+        start_utc=header["utc"],
+        host=header["host"],
+        pid=header["pid"],
+        devices=list(segment.lines),
+        first_step=header["resumed_step"],
+        last_step=segment.last_step,
+        elapsed_s=segment.elapsed_ns / 1e9,
+        energy_j=segment.energy_mj / 1000,
+        unattributed_j=sum(file.unattributed_mj(position).values()) / 1000,
+        ended="lost" if segment.end_reason is None else "end",
+        end_reason=segment.end_reason,
+        metered_by=header.get("metered_by"),
+        second_reader=header.get("second_reader", []),
+    )
+
+
+def _notes(files: list[FileFold], total: Total) -> list[str]:
+    notes = []
+    if not total.measured:
+        notes.append("energy is time x declared power")
+    if "+" in total.source:
+        notes.append(f"the total joins sources: {total.source}")
+    if "+" in total.scope:
+        notes.append(f"the total joins scopes ({total.scope}): compare it with nothing")
+    for file in files:
+        if file.torn_bytes:
+            notes.append(f"{file.path}: {file.torn_bytes} bytes of a torn last line were left out")
+        for segment in file.segments:
+            if segment.header.get("second_reader"):
+                devices = ", ".join(segment.header["second_reader"])
+                notes.append(f"segment {segment.index}: another meter read {devices} at the same time")
+    return notes

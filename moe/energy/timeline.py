@@ -1,0 +1,189 @@
+"""One segment of one ledger: its readings and marks, and the energy of each phase between them."""
+
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe.energy.ledger import Record
+from moe.energy.phases import STEP_PHASES
+from moe.energy.track import DeviceTrack
+
+__all__ = ["UNATTRIBUTED", "DeviceLine", "Segment", "apportion"]
+
+UNATTRIBUTED = "unattributed"
+
+
+def apportion(total: int, weights: dict[str, int]) -> dict[str, int]:
+    """Split an integer in proportion to weights, largest remainders first, so that the parts sum to it exactly.
+
+    >>> apportion(10, {"a": 1, "b": 1, "c": 1})
+    {'a': 4, 'b': 3, 'c': 3}
+    """
+    whole = sum(weights.values())
+    if whole <= 0:
+        return {UNATTRIBUTED: total}
+    parts = {name: total * weight // whole for name, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: -(total * weights[name] % whole))
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+@dataclass
+class DeviceLine:
+    """One device over one segment: cumulative millijoules at each valid reading."""
+
+    device: dict[str, Any]
+    track: DeviceTrack
+    times_ns: "array[int]" = field(default_factory=lambda: array("q"))
+    energies_mj: "array[int]" = field(default_factory=lambda: array("q"))
+    first_raw_mj: int | None = None
+    max_power_w: float = 0.0
+
+    def add(self, at_ns: int, raw_mj: int | None) -> None:
+        """Take a reading, or a failed one (None), in."""
+        before_ns, before_mj = self.track.last_ns, self.track.energy_mj
+        self.track.update(at_ns, raw_mj)
+        if raw_mj is None or self.track.energy_mj is None:
+            return
+        if before_mj is None:
+            self.first_raw_mj = raw_mj
+        elif at_ns > before_ns:
+            power_w = (self.track.energy_mj - before_mj) * 1e6 / (at_ns - before_ns)
+            self.max_power_w = max(self.max_power_w, power_w)
+        self.times_ns.append(at_ns)
+        self.energies_mj.append(self.track.energy_mj)
+
+    @property
+    def energy_mj(self) -> int:
+        return self.track.energy_mj or 0
+
+    def energy_at(self, at_ns: int) -> float:
+        """Cumulative millijoules at a moment, linear between readings."""
+        right = bisect_right(self.times_ns, at_ns)
+        if right == 0:
+            return 0.0
+        if right == len(self.times_ns):
+            return float(self.energy_mj)
+        left_ns, right_ns = self.times_ns[right - 1], self.times_ns[right]
+        left_mj, right_mj = self.energies_mj[right - 1], self.energies_mj[right]
+        return left_mj + (right_mj - left_mj) * (at_ns - left_ns) / (right_ns - left_ns)
+
+    def band_j(self) -> float:
+        """Sensor gain on all of it, and the quantisation of its two ends: at most a tick of full power each."""
+        p_max_w = self.device["p_max_w"] or self.max_power_w
+        quantum_j = 2 * self.device["tick_s"] * p_max_w if self.energy_mj else 0.0
+        return self.energy_mj / 1000 * self.device["band"] + quantum_j
+
+
+@dataclass(frozen=True)
+class _Span:
+    """What one mark says: the phases between the mark before and this one."""
+
+    start_ns: int
+    end_ns: int
+    phase_ns: dict[str, int]
+    step_before: int
+    step: int
+
+    def surviving(self, last_step: int) -> float:
+        """Share of this span's step time that belongs to steps up to `last_step`, the end of the lineage."""
+        if self.step <= self.step_before:  # inside one step: the one after `step`
+            return 1.0 if self.step < last_step else 0.0
+        return min(1.0, max(0.0, (last_step - self.step_before) / (self.step - self.step_before)))
+
+
+class Segment:
+    """One process's part of a run, built from its ledger records in order."""
+
+    def __init__(self, header: Record) -> None:
+        self.header = header
+        self.index: int = header["segment"]
+        self.start_ns: int = header["started_boottime_ns"]
+        self.last_ns: int = header["boottime_ns"]
+        self.end_reason: str | None = None
+        self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"])) for d in header["devices"]}
+        self.spans: list[_Span] = []
+        self._step: int = header["resumed_step"]
+        self._told_step = False
+
+    def feed(self, record: Record) -> None:
+        """Take the next record of this segment in."""
+        at_ns = record["boottime_ns"]
+        self.last_ns = max(self.last_ns, at_ns)
+        kind = record["kind"]
+        if kind == "reading":
+            self.lines[record["device"]].add(at_ns, record["energy_mj"])
+        elif kind == "gap" and record["reason"] == "lost":
+            self.lines[record["device"]].add(at_ns, None)
+        elif kind == "mark":
+            self._feed_mark(record)
+        elif kind == "end":
+            self.end_reason = record["reason"]
+
+    def _feed_mark(self, record: Record) -> None:
+        start_ns = self.spans[-1].end_ns if self.spans else self.start_ns
+        phase_ns = {name: round(spent_s * 1e9) for name, spent_s in record["phase_s"].items()}
+        before = self._step
+        if record["step"] is not None:  # until the program tells a step, it works on the one after resumed_step
+            self._step, self._told_step = record["step"], True
+        self.spans.append(_Span(start_ns, record["boottime_ns"], phase_ns, before, self._step))
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step this segment told of; None when it never told any."""
+        return self._step if self._told_step else None
+
+    @property
+    def elapsed_ns(self) -> int:
+        return self.last_ns - self.start_ns
+
+    @property
+    def energy_mj(self) -> int:
+        return sum(line.energy_mj for line in self.lines.values())
+
+    def useful_ns(self, last_step: int) -> float:
+        """Time of surviving steps, for one device."""
+        return sum(
+            span.surviving(last_step) * sum(ns for name, ns in span.phase_ns.items() if name in STEP_PHASES)
+            for span in self.spans
+        )
+
+    def phase_energies(self, last_step: int) -> tuple[dict[str, int], float]:
+        """Millijoules per phase (they sum to `energy_mj`), and those of surviving steps.
+
+        Each interval between two readings is shared out by the time its marks give to each phase.
+        """
+        energies: dict[str, int] = {}
+        useful_mj = 0.0
+        for line in self.lines.values():
+            first_span = 0
+            for i in range(1, len(line.times_ns)):
+                delta_mj = line.energies_mj[i] - line.energies_mj[i - 1]
+                start_ns, end_ns = line.times_ns[i - 1], line.times_ns[i]
+                while first_span < len(self.spans) and self.spans[first_span].end_ns <= start_ns:
+                    first_span += 1
+                if delta_mj:
+                    weights, useful_share = self._weights(first_span, start_ns, end_ns, last_step)
+                    for name, part_mj in apportion(delta_mj, weights).items():
+                        energies[name] = energies.get(name, 0) + part_mj
+                    useful_mj += delta_mj * useful_share
+        return energies, useful_mj
+
+    def _weights(self, first_span: int, start_ns: int, end_ns: int, last_step: int) -> tuple[dict[str, int], float]:
+        weights: dict[str, int] = {}
+        useful = 0.0
+        for span in self.spans[first_span:]:
+            if span.start_ns >= end_ns:
+                break
+            length_ns = span.end_ns - span.start_ns
+            overlap_ns = min(end_ns, span.end_ns) - max(start_ns, span.start_ns)
+            survives = span.surviving(last_step)
+            for name, spent_ns in span.phase_ns.items():
+                weight = spent_ns * overlap_ns // length_ns if length_ns else 0
+                weights[name] = weights.get(name, 0) + weight
+                if name in STEP_PHASES:
+                    useful += weight * survives
+        whole = sum(weights.values())
+        return weights, useful / whole if whole else 0.0

@@ -1,0 +1,70 @@
+"""The records a fold returns: the run, its devices, phases and segments. Joules and seconds, SI throughout."""
+
+from dataclasses import dataclass
+
+__all__ = ["DeviceTotal", "PhaseTotal", "SegmentSummary", "Total"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """The run. `energy_j` is None when nothing was read; `source` and `scope` join several names with "+"."""
+
+    energy_j: float | None
+    energy_mj: int
+    device_hours: float
+    useful_device_hours: float | None
+    useful_energy_j: float | None
+    band_j: float
+    coverage: float
+    unattributed_j: float
+    scope: str
+    source: str
+    measured: bool
+    energy_by_source_j: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTotal:
+    """One device; one that changed its source between segments has an entry for each. `unattributed` is not in it."""
+
+    uuid: str
+    name: str
+    source: str
+    scope: str
+    energy_j: float
+    band_j: float
+    coverage: float
+    note: str | None
+
+
+@dataclass(frozen=True)
+class PhaseTotal:
+    """One phase: energy of all devices, time of the process (not times devices)."""
+
+    energy_mj: int
+    elapsed_s: float
+
+    @property
+    def energy_j(self) -> float:
+        return self.energy_mj / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSummary:
+    """One process's part. `ended` is "end" or "lost"; `unattributed_j` was lost just before this segment."""
+
+    ledger: str
+    segment: int
+    start_utc: str
+    host: str
+    pid: int
+    devices: list[str]
+    first_step: int
+    last_step: int | None
+    elapsed_s: float
+    energy_j: float
+    unattributed_j: float
+    ended: str
+    end_reason: str | None
+    metered_by: str | None
+    second_reader: list[str]
