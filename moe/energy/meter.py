@@ -1,0 +1,314 @@
+"""EnergyMeter: reads a machine's energy while a program runs, and writes it down so that a kill loses seconds."""
+
+import atexit
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypedDict
+
+from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns
+from moe.energy.fold import NS_PER_HOUR, FileFold, device_hours_of
+from moe.energy.ledger import LedgerWriter, Record
+from moe.energy.locks import Lock, lock_device, lock_ledger
+from moe.energy.phases import PhaseClock
+from moe.energy.reader import Reader, Reading
+from moe.energy.sources import Source, is_measured, select_sources
+from moe.energy.sources.base import ESTIMATES, Device
+from moe.energy.window import Window
+from moe.errors import ConfigError, SensorError
+
+__all__ = ["METERED_BY", "EnergyMeter", "LedgerPosition", "Totals"]
+
+METERED_BY = "MOE_LEDGER"  # in the environment of a program that `moe energy run` meters: the ledger that bills it
+
+_startup_claimed = False  # the time before the first meter of a process is counted once
+
+
+class LedgerPosition(TypedDict):
+    """Where a ledger stood; stored in checkpoints."""
+
+    segment: int
+    seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What the run cost so far, earlier segments included. `energy_j` is None when nothing could be read yet."""
+
+    energy_j: float | None
+    device_hours: float
+    power_w: float | None
+    source: str
+    scope: str
+    measured: bool
+
+    @property
+    def total_kwh(self) -> float | None:
+        return None if self.energy_j is None else self.energy_j / 3.6e6
+
+
+class EnergyMeter:
+    """Meters this process's devices from `start` to `stop`, or over a with block.
+
+    ledger            file to append to (a new segment of it); None keeps everything in memory
+    devices           GPU UUIDs; None or [] is this host's processors (RAPL, else an estimate)
+    declared_power_w  watts per device: replaces every sensor, and the source says `declared`
+    interval_s        between readings (a tenth of a second or more)
+    flush_s           between fsyncs: what a power cut may cost
+    resumed_step, resumed_tokens  where the lineage stands as this segment begins
+    sources           sensors of one's own, instead of `devices`
+
+    `start` raises SensorError when a named GPU cannot be read and LedgerError when the ledger is damaged or has a
+    living writer. After that no method raises for a sensor or a disk: failures become gaps in the ledger and one line
+    on stderr. A second meter on the same device only warns, and the segment line records it.
+
+    Under `moe energy run` (MOE_LEDGER set) the outer ledger already bills this process. This meter then still reads and
+    writes its own ledger, whose segment line says `metered_by`, so that whoever adds ledgers up counts the joules once.
+    """
+
+    def __init__(
+        self,
+        ledger: Path | str | None = None,
+        devices: Sequence[str] | None = None,
+        declared_power_w: float | None = None,
+        interval_s: float = 1.0,
+        flush_s: float = 5.0,
+        resumed_step: int = 0,
+        resumed_tokens: int = 0,
+        sources: Sequence[Source] | None = None,
+    ) -> None:
+        if not interval_s >= 0.1:
+            raise ConfigError(f"interval_s={interval_s} is below the tick of a GPU's counter: give at least 0.1")
+        if not flush_s >= interval_s:
+            raise ConfigError(f"flush_s={flush_s} is below interval_s={interval_s}: give at least the interval")
+        self.path = None if ledger is None else Path(ledger)
+        self._wanted = (devices, declared_power_w)
+        self._sources: Sequence[Source] = () if sources is None else sources
+        self._interval_s, self._flush_s = interval_s, flush_s
+        self._resumed = (resumed_step, resumed_tokens)
+        self._locks: list[Lock] = []
+        self._base_mj, self._base_hours, self._has_base = 0, 0.0, False
+        self._base_sources: set[str] = set()
+        self._base_scopes: set[str] = set()
+        self._prior: FileFold | None = None
+        self._marks_lock = threading.Lock()
+        self._pid = -1
+        self._running = False
+        self._synced_ns = 0
+
+    # ---- life ----
+
+    def start(self) -> "EnergyMeter":
+        """Open sensors and ledger, write the `segment` line and the first reading, start the reader thread."""
+        if self._running:
+            return self
+        self._pid = os.getpid()
+        self._running = True
+        try:
+            self._open()
+        except BaseException:
+            self._running = False
+            self._release()
+            raise
+        atexit.register(self.stop)
+        return self
+
+    def _open(self) -> None:
+        global _startup_claimed
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._locks.append(lock_ledger(self.path))
+        if not self._sources:
+            self._sources = select_sources(*self._wanted)
+        self._prior = prior = FileFold(self.path)
+        self._writer = LedgerWriter(self.path, on_record=self._see)
+        self._reader = Reader(self._sources, self._interval_s, self._on_reading)
+        self._start_ns = boottime_ns()
+        if self.path is not None and not _startup_claimed:
+            self._start_ns, _startup_claimed = device_time_start_ns(), True
+        self._phases = PhaseClock(self._start_ns, long_s=self._interval_s)
+        self._write_header()
+        self._phases.cut()
+        self._phases.enter("idle")
+        self._reader.start()
+        self._prior = None
+        self._add_up_prior(prior)
+        self._sync()
+
+    def _write_header(self) -> None:
+        extra: dict[str, Any] = {}
+        metered_by = os.environ.get(METERED_BY)
+        if metered_by:
+            extra["metered_by"] = metered_by
+        second = self._claim_devices()
+        if second and not metered_by:
+            extra["second_reader"] = second
+            print(f"moe.energy: another meter reads {', '.join(second)} too: do not add the two up", file=sys.stderr)
+        if self._writer.torn_bytes:
+            extra["torn_bytes"] = self._writer.torn_bytes
+            print(
+                f"moe.energy: {self.path} ended in a torn line of {self._writer.torn_bytes} bytes, cut off",
+                file=sys.stderr,
+            )
+        self._writer.append(
+            "segment",
+            boot_id=boot_id(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_boottime_ns=self._start_ns,
+            interval_s=self._interval_s,
+            flush_s=self._flush_s,
+            resumed_step=self._resumed[0],
+            resumed_tokens=self._resumed[1],
+            devices=[device.to_json() for device in self._reader.devices],
+            **extra,
+        )
+
+    def _claim_devices(self) -> list[str]:
+        second = []
+        for device in self._reader.devices:
+            if device.source in ESTIMATES:
+                continue
+            lock = lock_device(device.uuid)
+            if lock is None:
+                second.append(device.uuid)
+            else:
+                self._locks.append(lock)
+        return second
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Take the last reading, write the `end` line, fsync. A second call, or one in a forked child, does nothing."""
+        if not self._running or os.getpid() != self._pid:
+            return
+        self._running = False
+        atexit.unregister(self.stop)
+        answered = self._reader.stop()
+        self._phases.cut()
+        self._write_marks()
+        self._writer.append("end", reason=reason if answered else f"{reason}; the last read hung")
+        self._writer.close()
+        self._ended_ns = boottime_ns()
+        self._release()
+
+    def _release(self) -> None:
+        for source in self._sources:
+            source.close()
+        for lock in self._locks:
+            lock.release()
+        self._locks = []
+
+    def __enter__(self) -> "EnergyMeter":
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop("stopped" if kind is None else kind.__name__)
+
+    # ---- what the program tells ----
+
+    def phase(self, name: str) -> None:
+        """The program is now in this phase (data, forward_backward, optimizer, evaluation, checkpoint, idle)."""
+        if self._running and self._phases.enter(name):
+            self._reader.ask()  # a reading at the boundary keeps the two phases' power apart
+
+    def progress(self, step: int, tokens: int | None = None) -> None:
+        """Optimizer steps and tokens of the lineage done so far."""
+        if self._running:
+            self._phases.step, self._phases.tokens = step, tokens
+
+    def flush(self, step: int | None = None, tokens: int | None = None) -> LedgerPosition:
+        """Cut a mark exactly here, fsync, and return the ledger's position, to be stored with a checkpoint."""
+        if step is not None:
+            self.progress(step, tokens)
+        if self._running and os.getpid() == self._pid:
+            self._phases.cut()
+            self._write_marks()
+            self._sync()
+        return {"segment": self.segment, "seq": self._writer.last_seq}
+
+    def window(self, name: str) -> Window:
+        """A with block whose energy is found to within the counter's tick; see `Window`."""
+        if not self._running:
+            raise SensorError(f"window {name!r} needs a running meter: call start() or use it as a context manager")
+        return Window(name, self._reader.devices, self._reader.ask)
+
+    # ---- what the meter tells ----
+
+    @property
+    def segment(self) -> int:
+        """Index of this segment in the ledger, earlier processes' segments counted."""
+        return self._writer.segment
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices metered, once started."""
+        return self._reader.devices
+
+    def snapshot(self) -> Totals:
+        """The whole ledger's totals up to the last reading; a few microseconds."""
+        energies_mj = [track.energy_mj for track in self._reader.tracks.values() if track.energy_mj is not None]
+        known = self._has_base or bool(energies_mj)
+        now_ns = boottime_ns() if self._running else self._ended_ns
+        sources = self._base_sources | {device.source for device in self.devices}
+        hours = self._base_hours + len(self.devices) * (now_ns - self._start_ns) / NS_PER_HOUR
+        return Totals(
+            energy_j=(self._base_mj + sum(energies_mj)) / 1000 if known else None,
+            device_hours=hours,
+            power_w=self._reader.power_w,
+            source="+".join(sorted(sources)),
+            scope="+".join(sorted(self._base_scopes | {device.scope for device in self.devices})),
+            measured=all(is_measured(source) for source in sources),
+        )
+
+    # ---- ledger ----
+
+    def _see(self, record: Record) -> None:
+        """Fold earlier segments, and this one up to its first reading, which tells what was lost between them."""
+        if self._prior is not None:
+            self._prior.feed(record)
+
+    def _add_up_prior(self, prior: FileFold) -> None:
+        self._base_mj = prior.energy_mj
+        self._has_base = prior.has_reading
+        earlier = prior.segments[:-1]
+        self._base_hours = sum(device_hours_of(segment) for segment in earlier)
+        devices = [line.device for segment in earlier for line in segment.lines.values()]
+        self._base_sources = {device["source"] for device in devices}
+        self._base_scopes = {device["scope"] for device in devices}
+        lost_j = sum(prior.unattributed_mj(len(prior.segments) - 1).values()) / 1000
+        if earlier and earlier[-1].end_reason is None and not lost_j:
+            self._writer.append("gap", device=None, reason="the segment before was lost, and what it used at its end")
+
+    def _on_reading(self, reading: Reading) -> None:
+        """Write what the reader found (called in its thread): gaps, readings, and the time since the last mark."""
+        for uuid, event, detail in reading.gaps:
+            self._writer.append("gap", at_ns=reading.at_ns, device=uuid, reason=event, detail=detail)
+        for uuid, raw_mj in reading.raw_mj.items():
+            if raw_mj is not None:
+                self._writer.append("reading", at_ns=reading.at_ns, device=uuid, energy_mj=raw_mj)
+        self._phases.cut()
+        self._write_marks()
+        if boottime_ns() - self._synced_ns >= self._flush_s * 1e9:
+            self._sync()
+
+    def _write_marks(self) -> None:
+        with self._marks_lock:  # the reader and the program both write marks; their order is that of time
+            while (mark := self._phases.take()) is not None:
+                self._writer.append(
+                    "mark",
+                    at_ns=mark.boottime_ns,
+                    phase=mark.phase,
+                    step=mark.step,
+                    tokens=mark.tokens,
+                    phase_s=mark.phase_s,
+                )
+
+    def _sync(self) -> None:
+        self._synced_ns = boottime_ns()
+        self._writer.sync()

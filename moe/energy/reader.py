@@ -1,0 +1,140 @@
+"""The one thread that talks to sensors: a reading every interval, and short bursts at the ends of windows.
+
+It is a daemon, so a finished or dead program never waits for it, and nothing it meets leaves it: a failed read is a
+gap, an unexpected error is said once on stderr and the next interval tries again.
+"""
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moe.energy.clock import boottime_ns
+from moe.energy.sources.base import Source
+from moe.energy.track import DeviceTrack
+from moe.energy.window import Edge
+
+__all__ = ["Reader", "Reading"]
+
+POLL_S = 0.003  # between the reads of a burst
+STOP_WAIT_S = 5.0  # a reader that has not stopped by then hangs in the driver
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One round of reads: the counters' own values, and the gaps that showed up with them ((uuid, event, reason))."""
+
+    at_ns: int
+    raw_mj: dict[str, int | None]
+    gaps: list[tuple[str, str, str]]
+
+
+class Reader:
+    """Reads `sources` every `interval_s` and passes each Reading to `on_reading`, in its own thread."""
+
+    def __init__(self, sources: Sequence[Source], interval_s: float, on_reading: Callable[[Reading], None]) -> None:
+        self.devices = tuple(device for source in sources for device in source.devices)
+        self.tracks = {device.uuid: DeviceTrack(device.source) for device in self.devices}
+        self.power_w: float | None = None
+        self._sources = sources
+        self._interval_s = interval_s
+        self._on_reading = on_reading
+        self._edges: deque[Edge] = deque()
+        self._gaps: list[tuple[str, str, str]] = []
+        self._before: tuple[int, int] | None = None
+        self._wake = threading.Event()
+        self._asked = False
+        self._stopping = False
+        self._complained = False
+        self._thread = threading.Thread(target=self._run, name="moe-energy-reader", daemon=True)
+
+    def start(self) -> None:
+        """Take the first reading here, the others in the thread."""
+        self._read()
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Take the last reading and end the thread. False when it hangs in a driver call; it is then left behind."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_WAIT_S)
+        return not self._thread.is_alive()
+
+    def ask(self, edge: Edge | None = None) -> None:
+        """Have a reading taken now, or a window's edge found; returns at once."""
+        if edge is None:
+            self._asked = True
+        else:
+            self._edges.append(edge)
+        self._wake.set()
+
+    def cpu_time_s(self) -> float:
+        """Processor time the thread has used so far."""
+        if self._thread.ident is None or not self._thread.is_alive():
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._interval_s
+        while True:
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            stopping = self._stopping
+            try:
+                if self._edges:
+                    self._burst()
+                if stopping or self._asked or time.monotonic() >= due:
+                    self._asked = False
+                    self._read()
+            except Exception as error:  # whatever a driver or a full machine does, the metered program goes on
+                if not self._complained:
+                    print(f"moe.energy: the reader met {type(error).__name__}: {error}; it goes on", file=sys.stderr)
+                self._complained = True
+            if stopping:
+                return
+            if time.monotonic() >= due:  # after a suspend or a hang: from now on, no catching up
+                due = max(due + self._interval_s, time.monotonic() + self._interval_s / 2)
+
+    def _sample(self) -> tuple[int, dict[str, int | None]]:
+        """Read every source once and take the values into the tracks."""
+        before_ns = boottime_ns()
+        raw_mj: dict[str, int | None] = {}
+        reasons: dict[str, str] = {}
+        for source in self._sources:
+            raw_mj.update(source.read())
+            reasons.update(source.failures)
+        at_ns = (before_ns + boottime_ns()) // 2
+        for uuid, track in self.tracks.items():
+            event = track.update(at_ns, raw_mj.get(uuid))
+            if event is not None:
+                reason = reasons.get(uuid, "") if event == "lost" else "the counter fell: driver reloaded"
+                self._gaps.append((uuid, event, reason))
+        return at_ns, raw_mj
+
+    def _read(self) -> None:
+        at_ns, raw_mj = self._sample()
+        gaps, self._gaps = self._gaps, []
+        known_mj = [track.energy_mj for track in self.tracks.values() if track.energy_mj is not None]
+        total_mj = sum(known_mj)
+        if self._before is not None and at_ns > self._before[0]:
+            self.power_w = (total_mj - self._before[1]) * 1e6 / (at_ns - self._before[0])
+        self._before = (at_ns, total_mj) if known_mj else None
+        self._on_reading(Reading(at_ns, raw_mj, gaps))
+
+    def _burst(self) -> None:
+        """Sample until every waiting edge has its tick. Edges that arrive meanwhile share the samples."""
+        waiting: list[Edge] = []
+        while True:
+            while self._edges:
+                waiting.append(self._edges.popleft())
+            at_ns, raw_mj = self._sample()
+            tracks = self.tracks.items()
+            energies_mj = {uuid: None if raw_mj.get(uuid) is None else track.energy_mj for uuid, track in tracks}
+            covered_ns = {uuid: track.covered_ns for uuid, track in tracks}
+            waiting = [edge for edge in waiting if not edge.offer((at_ns, energies_mj, covered_ns))]
+            if not waiting:
+                return
+            time.sleep(POLL_S)

@@ -1,0 +1,156 @@
+"""A stretch of time and what it cost, without a trainer: `with meter.window("prefill") as window: …`.
+
+A GPU's counter moves about every 100 ms, so two plain reads around one second of work are up to 10 % wrong. Here the
+reader thread looks for the counter's next tick after each end of the window (a burst of reads, at most 100 ms), which
+gives an exact pair of energy and time, and the energy at the end itself is interpolated within that tick. The thread
+that does the work never waits; the result waits for the burst when it is asked for.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from moe.energy.clock import boottime_ns
+from moe.energy.sources.base import Device
+from moe.errors import SensorError
+
+__all__ = ["BURST_S", "Edge", "Sample", "Window"]
+
+BURST_S = 0.1
+SMOOTH_TICK_S = 0.002  # a sensor that moves at least this often has no tick worth finding
+RESULT_WAIT_S = 2.0  # a reader that has not answered by then hangs in the driver
+
+Sample = tuple[int, Mapping[str, int | None], Mapping[str, int]]  # boottime_ns, energy_mj and covered_ns by uuid
+
+
+@dataclass
+class _Tick:
+    """First sample after an edge, and the next tick once it is found (energies in mJ, times boottime ns)."""
+
+    first_ns: int
+    first_mj: int
+    seen_ns: int
+    tick_ns: int | None = None
+    tick_mj: int = 0
+
+
+class Edge:
+    """One end of a window: collects samples from the reader until each device's counter has ticked."""
+
+    def __init__(self, devices: tuple[Device, ...]) -> None:
+        self.at_ns = boottime_ns()
+        self.resolved = threading.Event()
+        self.covered_ns: Mapping[str, int] = {}
+        self._devices = devices
+        self._ticks: dict[str, _Tick] = {}
+        self._first_ns: int | None = None
+
+    def offer(self, sample: Sample) -> bool:
+        """Take a sample in; True when no further one is needed. Failed devices are not waited for."""
+        at_ns, energies_mj, covered_ns = sample
+        if self._first_ns is None:
+            self._first_ns, self.covered_ns = at_ns, covered_ns
+        for device in self._devices:
+            energy_mj = energies_mj.get(device.uuid)
+            if energy_mj is None:
+                continue
+            tick = self._ticks.setdefault(device.uuid, _Tick(at_ns, energy_mj, at_ns))
+            if tick.tick_ns is not None or at_ns == tick.first_ns:
+                continue
+            if device.tick_s <= SMOOTH_TICK_S:
+                tick.tick_ns, tick.tick_mj = at_ns, energy_mj
+            elif energy_mj != tick.first_mj:
+                tick.tick_ns, tick.tick_mj = (tick.seen_ns + at_ns) // 2, energy_mj
+            tick.seen_ns = at_ns
+        waiting = any(tick.tick_ns is None for tick in self._ticks.values())
+        done = at_ns > self._first_ns and (not waiting or at_ns - self._first_ns >= BURST_S * 1e9)
+        if done:
+            self.resolved.set()
+        return done
+
+    def energy_mj(self, device: Device) -> tuple[float, float] | None:
+        """(energy at the edge, how far it can be off) in mJ; None when the device could not be read."""
+        tick = self._ticks.get(device.uuid)
+        if tick is None:
+            return None
+        if tick.tick_ns is None:
+            return float(tick.first_mj), (device.p_max_w or 0.0) * device.tick_s * 1000
+        # the counter held `first_mj` for one tick up to `tick_ns` (a smooth one: since the first sample)
+        smooth = device.tick_s <= SMOOTH_TICK_S
+        length_ns = tick.tick_ns - tick.first_ns if smooth else device.tick_s * 1e9
+        step_mj = tick.tick_mj - tick.first_mj
+        energy_mj = tick.tick_mj - step_mj * (tick.tick_ns - self.at_ns) / max(length_ns, 1)
+        return energy_mj, float(step_mj)
+
+
+class Window:
+    """The result. Its numbers can be asked for after the with block; before, they raise SensorError.
+
+    energy_j   joules of all readable devices, None when no device could be read
+    elapsed_s  length of the block
+    coverage   share of devices x time between valid reads
+    band_j     sensor gain plus what the ticks at both ends leave open
+    source, scope   of the devices, several joined with "+"
+    """
+
+    def __init__(self, name: str, devices: tuple[Device, ...], request: Callable[[Edge], None]) -> None:
+        self.name = name
+        self.devices = devices
+        self.source = "+".join(sorted({device.source for device in devices}))
+        self.scope = "+".join(sorted({device.scope for device in devices}))
+        self._request = request
+        self._start: Edge | None = None
+        self._end: Edge | None = None
+
+    def __enter__(self) -> "Window":
+        self._start = Edge(self.devices)
+        self._request(self._start)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end = Edge(self.devices)
+        self._request(self._end)
+
+    def _edges(self) -> tuple[Edge, Edge]:
+        if self._start is None or self._end is None:
+            raise SensorError(f"window {self.name!r} is still open: read its numbers after the with block")
+        self._start.resolved.wait(RESULT_WAIT_S)
+        self._end.resolved.wait(RESULT_WAIT_S)
+        return self._start, self._end
+
+    def _energies_mj(self) -> dict[str, tuple[float, float]]:
+        """(energy, uncertainty of both ends) by uuid, for the devices read at both ends."""
+        start, end = self._edges()
+        energies = {}
+        for device in self.devices:
+            first, last = start.energy_mj(device), end.energy_mj(device)
+            if first is not None and last is not None:
+                energies[device.uuid] = (max(0.0, last[0] - first[0]), first[1] + last[1])
+        return energies
+
+    @property
+    def elapsed_s(self) -> float:
+        start, end = self._edges()
+        return (end.at_ns - start.at_ns) / 1e9
+
+    @property
+    def energy_j(self) -> float | None:
+        energies = self._energies_mj()
+        return sum(energy_mj for energy_mj, _ in energies.values()) / 1000 if energies else None
+
+    @property
+    def band_j(self) -> float | None:
+        energies = self._energies_mj()
+        gains = {device.uuid: device.band for device in self.devices}
+        bands_mj = [energy_mj * gains[uuid] + open_mj for uuid, (energy_mj, open_mj) in energies.items()]
+        return sum(bands_mj) / 1000 if energies else None
+
+    @property
+    def coverage(self) -> float:
+        start, end = self._edges()
+        wall_ns = (end.at_ns - start.at_ns) * len(self.devices)
+        covered_ns = sum(end.covered_ns.get(d.uuid, 0) - start.covered_ns.get(d.uuid, 0) for d in self.devices)
+        return min(1.0, max(0.0, covered_ns / wall_ns)) if wall_ns else 0.0
