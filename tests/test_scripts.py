@@ -1,0 +1,222 @@
+"""scripts/*: what they do before anything is installed, with stand-ins for Python and pip on PATH.
+
+A stand-in `python3` logs its calls. `-m venv` makes a .venv whose python logs too and whose pip does what the file
+`pip` in the log folder says. So set-up is tested whole, in milliseconds, without a network.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.read_bytes().startswith(b"#!/usr/bin/env bash"))
+TOOLS = ["bash", "env", "basename", "dirname", "cat", "cksum", "mkdir", "mktemp", "rm", "mv", "sed", "head"]
+
+PYTHON = """#!/usr/bin/env bash
+log='{log}'
+printf '%s\\n' "${{0##*/}} $*" >>"$log/calls"
+case "$*" in
+    --version) echo Python 3.11.9 ;;
+    *'sys.version_info'*) [[ ! -e $log/old ]] ;;
+    *ensurepip*) [[ ! -e $log/no_venv ]] ;;
+    '-m venv'*)
+        mkdir -p "${{@: -1}}/bin"
+        echo 'version = 3.11.9' >"${{@: -1}}/pyvenv.cfg"
+        cat "$0" >"${{@: -1}}/bin/python"
+        chmod +x "${{@: -1}}/bin/python"
+        ;;
+    '-m pip'*) source "$log/pip" ;;
+esac
+"""
+
+
+class House:
+    """A copy of the scripts in a folder with spaces in its name, and a PATH that holds only stand-ins and `TOOLS`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.path, self.log = folder / "a house", folder / "bin", folder / "log"
+        for made in (self.root, self.path, self.log):
+            made.mkdir()
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, self.root)
+        for name in (*TOOLS, "chmod"):
+            (self.path / name).symlink_to(shutil.which(name) or f"/bin/{name}")
+        self.add("python3", PYTHON.format(log=self.log))
+        self.add("gcc", "#!/usr/bin/env bash\n")
+        (self.log / "pip").touch()
+
+    def add(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text)
+        (self.path / name).chmod(0o755)
+
+    def set_up(self, kind: str = "base") -> subprocess.CompletedProcess[str]:
+        """What every script does first, and nothing after it."""
+        probe = self.root / "scripts" / "probe"
+        probe.write_text(
+            f'set -euo pipefail\nsource "$(dirname -- "${{BASH_SOURCE[0]}}")/setup_venv"\nsetup_venv {kind}\n'
+        )
+        return self.run("probe")
+
+    def run(self, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a script from the root folder, which is not ours; the calls it makes are logged."""
+        (self.log / "calls").write_text("")
+        command = ["bash", str(self.root / "scripts" / script), *words]
+        environment = {"PATH": str(self.path), "HOME": str(self.log)}
+        return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=60)
+
+    def installs(self) -> list[str]:
+        """The pip commands of the last run."""
+        return [line for line in (self.log / "calls").read_text().splitlines() if "-m pip install" in line]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, ROOT / "scripts" / "setup_venv", ROOT / ".ci" / "run"], ids=lambda p: p.name
+)
+def test_script_is_well_formed(script: Path) -> None:
+    """Bash can parse it, it stops at the first failure, and it can be executed."""
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if script.name != "setup_venv":
+        assert "\nset -euo pipefail\n" in script.read_text()
+        assert os.access(script, os.X_OK)
+
+
+def test_first_set_up_installs_once_and_the_second_nothing(house: House) -> None:
+    """From another folder, into a path with spaces; the second call runs neither pip nor Python."""
+    assert house.set_up().returncode == 0
+    (install,) = house.installs()
+    assert install.endswith("--constraint scripts/constraints.txt --editable .")
+    assert house.set_up().returncode == 0
+    assert (house.log / "calls").read_text() == ""
+
+
+def test_dev_adds_to_base_and_base_is_content_with_dev(house: House) -> None:
+    """scripts/test upgrades what scripts/quickstart made; quickstart then has nothing to do."""
+    house.set_up("base")
+    house.set_up("dev")
+    assert [line.rpartition(" ")[2] for line in house.installs()] == [".[dev]"]
+    assert "-m venv" not in (house.log / "calls").read_text()
+    house.set_up("base")
+    assert not house.installs()
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "scripts/constraints.txt", ".venv/pyvenv.cfg"])
+def test_change_installs_again(house: House, name: str) -> None:
+    """Requirements, pins or the interpreter changed: the same .venv is brought up to date."""
+    house.set_up()
+    with (house.root / name).open("a") as file:
+        file.write("\n# changed\n")
+    house.set_up()
+    assert len(house.installs()) == 1
+    assert "-m venv" not in (house.log / "calls").read_text()
+
+
+def test_interrupted_set_up_is_thrown_away(house: House) -> None:
+    """Killed while pip installs, the half-filled .venv is not used; the next call starts from an empty one."""
+    (house.log / "pip").write_text(
+        'touch() { : >"$1"; }; touch \'' + str(house.root) + "/.venv/half'; kill -9 $PPID $$"
+    )
+    assert house.set_up().returncode != 0
+    assert (house.root / ".venv" / "half").exists()
+    (house.log / "pip").write_text("")
+    assert house.set_up().returncode == 0
+    assert not (house.root / ".venv" / "half").exists()
+    assert "-m venv" in (house.log / "calls").read_text()
+
+
+def test_moved_house_makes_its_environment_anew(house: House) -> None:
+    """The commands of a .venv name the folder it was made in."""
+    house.set_up()
+    house.root = house.root.rename(house.root.with_name("another house"))
+    house.set_up()
+    assert "-m venv" in (house.log / "calls").read_text()
+
+
+def test_environment_made_by_hand_is_kept(house: House) -> None:
+    """A .venv without our stamp is somebody's: it is installed into, not removed."""
+    house.set_up()
+    (house.root / ".venv" / ".frugal-moe").unlink()
+    (house.root / ".venv" / "theirs").touch()
+    assert house.set_up().returncode == 0
+    assert (house.root / ".venv" / "theirs").exists()
+    assert len(house.installs()) == 1
+
+
+def test_failing_pip_is_heard(house: House) -> None:
+    """pip's own words come first, and the set-up does not count as done."""
+    (house.log / "pip").write_text("echo 'ERROR: No matching distribution found' >&2; exit 1")
+    result = house.set_up()
+    assert result.returncode == 1
+    assert "ERROR: No matching distribution found\nscripts/probe: pip failed" in result.stderr
+    assert not (house.root / ".venv" / ".frugal-moe").exists()
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    return result.stderr.strip()
+
+
+def test_missing_venv_module_names_the_package(house: House) -> None:
+    """Debian's python3 comes without ensurepip: one line with the command that adds it."""
+    (house.log / "no_venv").touch()
+    expected = "scripts/quickstart: python3-venv is missing; run: sudo apt-get install -y python3-venv"
+    assert one_line(house.run("quickstart")) == expected
+    assert not (house.root / ".venv").exists()
+
+
+def test_missing_compiler_names_the_package(house: House) -> None:
+    """Tests compile; training does not ask for a compiler."""
+    (house.path / "gcc").unlink()
+    assert one_line(house.run("test")) == "scripts/test: gcc is missing; run: sudo apt-get install -y gcc"
+    assert house.set_up("base").returncode == 0
+
+
+def test_missing_python_is_one_line(house: House) -> None:
+    """Neither an old Python nor none at all ends in a trace."""
+    (house.log / "old").touch()
+    assert "Python 3.11 or newer is missing" in one_line(house.run("quickstart"))
+    (house.path / "python3").unlink()
+    assert "Python 3.11 or newer is missing" in one_line(house.run("quickstart"))
+
+
+@pytest.mark.parametrize("script", ["quickstart", "check"])
+def test_unknown_argument_is_one_line(house: House, script: str) -> None:
+    """A misspelt option is named before anything is installed."""
+    assert "unknown argument '--fats'" in one_line(house.run(script, "--fats"))
+    assert (house.log / "calls").read_text() == ""
+
+
+@pytest.mark.parametrize("script", ["quickstart", "test"])
+def test_help_installs_nothing(house: House, script: str) -> None:
+    """--help answers on a bare machine."""
+    result = house.run(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: scripts/{script}")
+    assert (house.log / "calls").read_text() == ""
+
+
+def test_constraints_pin_what_is_required() -> None:
+    """Each dependency has one exact tested version within its range, without a local suffix such as +cpu."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9a-z.]+", line) for line in pinned)
+    versions = dict(line.split("==") for line in pinned)
+    assert list(versions) == sorted(versions)
+    assert len(versions) == len(pinned)
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["hf"], *extras["dev"]]:
+        requirement = Requirement(text)
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(versions[requirement.name]), text
