@@ -124,9 +124,7 @@ def test_change_installs_again(house: House, name: str) -> None:
 
 def test_interrupted_set_up_is_thrown_away(house: House) -> None:
     """Killed while pip installs, the half-filled .venv is not used; the next call starts from an empty one."""
-    (house.log / "pip").write_text(
-        'touch() { : >"$1"; }; touch \'' + str(house.root) + "/.venv/half'; kill -9 $PPID $$"
-    )
+    (house.log / "pip").write_text(f": >'{house.root}/.venv/half'; kill -9 $PPID $$")
     assert house.set_up().returncode != 0
     assert (house.root / ".venv" / "half").exists()
     (house.log / "pip").write_text("")
