@@ -1,7 +1,7 @@
 """From joules to facility energy, carbon and money, with factors the user states. No factor is ever filled in.
 
     facility_kwh  = energy x PUE                    (PUE: facility energy / IT energy)
-    carbon_g      = energy x PUE x grid intensity   (without a PUE: the metered energy alone, and `scope` says so)
+    carbon_g      = energy x PUE x grid intensity   (without a PUE: of the metered energy alone; `scope` tells)
     cost_energy   = energy x PUE x price per kWh
     cost_devices  = device-hours x price per device-hour
 
@@ -35,7 +35,7 @@ def footprint(
     result: dict[str, float | str] = {}
     if energy_j is not None and (pue, intensity_g_per_kwh, price_per_kwh) != (None, None, None):
         energy_kwh = energy_j / 3.6e6 * (1.0 if pue is None else pue)
-        result["scope"] = scope if pue is None else f"facility, from {scope} energy x PUE"
+        result |= {"scope": scope if pue is None else "facility", "energy_scope": scope}
         if pue is not None:
             result |= {"pue": pue, "facility_kwh": energy_kwh}
         if intensity_g_per_kwh is not None:

@@ -20,7 +20,7 @@ from moe.energy.reader import Reader, Reading
 from moe.energy.sources import Source, is_measured, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
 from moe.energy.window import Window
-from moe.errors import ConfigError, SensorError
+from moe.errors import ConfigError, LedgerError, SensorError
 
 __all__ = ["METERED_BY", "EnergyMeter", "LedgerPosition", "Totals"]
 
@@ -121,7 +121,10 @@ class EnergyMeter:
     def _open(self) -> None:
         global _startup_claimed
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise LedgerError(f"folder of ledger {self.path} cannot be made ({error.strerror})") from None
             self._locks.append(lock_ledger(self.path))
         if not self._sources:
             self._sources = select_sources(*self._wanted)

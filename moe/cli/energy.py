@@ -1,0 +1,159 @@
+"""`moe energy run` meters any program; `moe energy report` says what a run cost, and how well that is known."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moe.energy import Fold
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _group() -> None:
+    """Meter any program; report what a run cost."""
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The program and its arguments.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the ledger; an existing ledger gets one more segment.", show_default=False
+        ),
+    ] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(metavar="W", help="Watts per device, declared instead of measured.", show_default=False),
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="GPUs as in CUDA_VISIBLE_DEVICES, or `host`; by default those visible.", show_default=False),
+    ] = None,
+) -> None:
+    """Run a program with the meter on; its exit code comes back, its signals go through.
+
+    The ledger is written to energy-runs/TIME-PID unless --out says otherwise. The program finds its path in MOE_LEDGER.
+    """
+    from moe.energy.supervise import run_metered, sources_for
+
+    folder = out or Path("energy-runs") / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
+    ledger = folder / "ledger.jsonl"
+    code = run_metered(command, ledger, sources_for(devices, power))
+    _print_summary(ledger)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a ledger file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+    pue: Annotated[
+        float | None, typer.Option(metavar="X", help="Facility energy over IT energy.", show_default=False)
+    ] = None,
+    grid: Annotated[
+        float | None, typer.Option(metavar="G_PER_KWH", help="Grid intensity, gCO2eq per kWh.", show_default=False)
+    ] = None,
+    price_kwh: Annotated[float | None, typer.Option(metavar="X", help="Price of a kWh.", show_default=False)] = None,
+    price_hour: Annotated[
+        float | None, typer.Option(metavar="X", help="Price of a device-hour.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what a run cost: energy with its band, device-hours, phases; carbon and money only from factors you give."""
+    from moe.energy import fold_ledgers, footprint
+
+    fold = fold_ledgers(_ledgers(run))
+    total = fold.total
+    costs = footprint(total.energy_j, total.device_hours, total.scope, pue, grid, price_kwh, price_hour)
+    if as_json:
+        print(json.dumps(fold.to_json(costs), indent=2, allow_nan=False))
+        for note in fold.notes:
+            print(note, file=sys.stderr)
+        return
+    _print_report(fold, costs)
+
+
+def _ledgers(run: Path) -> list[Path]:
+    """The ledgers of a run directory, the first node's first, or the file itself."""
+    if run.is_file():
+        return [run]
+    if not run.is_dir():
+        raise ConfigError(f"{run} is neither a run directory nor a ledger file: check the path")
+    first = run / "ledger.jsonl"
+    numbered = [(path.name.split(".")[1].removeprefix("node"), path) for path in run.glob("ledger.node*.jsonl")]
+    others = [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
+    found = [path for path in (first, *others) if path.is_file()]
+    if not found:
+        raise ConfigError(f"{run} holds no ledger.jsonl: give the folder of a metered run")
+    return found
+
+
+def _joules(energy_j: float | None) -> str:
+    if energy_j is None:
+        return "not known"
+    return f"{energy_j:,.1f} J" if energy_j < 36_000 else f"{energy_j / 3.6e6:,.4g} kWh"
+
+
+def _print_summary(ledger: Path) -> None:
+    from rich.console import Console
+
+    from moe.energy import fold_ledgers
+
+    fold = fold_ledgers([ledger])
+    total = fold.total
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    known = f"± {_joules(total.band_j)}, source {total.source}, scope {total.scope}, coverage {total.coverage:.1%}"
+    console.print(f"energy {_joules(total.energy_j)} {known}", markup=False)
+    console.print(f"device-hours {total.device_hours:.6g}; ledger {ledger}", markup=False)
+    for note in fold.notes:
+        console.print(note, markup=False)
+
+
+def _print_report(fold: "Fold", costs: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    total = fold.total
+    console = Console(highlight=False)
+    table = Table("", "energy", "±", "source", "scope", "coverage")
+    table.add_row(
+        "total",
+        _joules(total.energy_j),
+        _joules(total.band_j),
+        total.source,
+        total.scope,
+        f"{total.coverage:.1%}",
+    )
+    for device in fold.devices:
+        values = (
+            _joules(device.energy_j),
+            _joules(device.band_j),
+            device.source,
+            device.scope,
+            f"{device.coverage:.1%}",
+        )
+        table.add_row(Text(f"{device.name} {device.uuid}"), *values)
+    console.print(table)
+    phases = Table("phase", "energy", "time")
+    for name, phase in fold.phases.items():
+        phases.add_row(Text(name), _joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s")
+    console.print(phases)
+    useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
+    console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}", markup=False)
+    console.print(f"segments {len(fold.segments)}, unattributed {_joules(total.unattributed_j)}", markup=False)
+    for name, value in costs.items():
+        console.print(f"{name} {value if isinstance(value, str) else format(value, '.6g')}", markup=False)
+    for note in fold.notes:
+        console.print(note, markup=False)

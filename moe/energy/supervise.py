@@ -1,0 +1,86 @@
+"""Runs any program with the meter on: signals go through to it, its exit code comes back."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from moe.energy.meter import METERED_BY, EnergyMeter
+from moe.energy.sources import Source, select_sources, visible_gpus
+from moe.energy.sources.nvml import NvmlSource
+from moe.errors import ConfigError
+
+__all__ = ["HOST", "run_metered", "sources_for"]
+
+HOST = "host"  # as a device selection: this host's processors, whatever GPUs there are
+
+_FORWARDED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+
+
+def sources_for(selection: str | None, power_w: float | None) -> list[Source]:
+    """Sources for the GPUs that `selection` (written like CUDA_VISIBLE_DEVICES) or the environment makes visible.
+
+    Without any, or with the selection "host", this host's processors. Raises ConfigError for a selection that names no
+    GPU of this machine.
+    """
+    gpus = [] if selection == HOST else visible_gpus(selection=selection)
+    if selection not in (None, HOST) and not gpus:
+        raise ConfigError(f"--devices {selection} names no GPU of this machine: see `nvidia-smi -L`, or say {HOST}")
+    if power_w is None and gpus:
+        return [NvmlSource([gpu.uuid for gpu in gpus], shared=[gpu.uuid for gpu in gpus if gpu.shared])]
+    return select_sources([gpu.uuid for gpu in gpus], power_w)
+
+
+def run_metered(command: Sequence[str], ledger: Path, sources: Sequence[Source]) -> int:
+    """Run `command` to its end and meter it into `ledger`. Returns its exit code, 128 + N when signal N ended it.
+
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on. What the terminal sends to a whole foreground
+    job (Ctrl-C) has reached the program already and is not sent twice. Raises ConfigError when there is no such
+    program.
+    """
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"{command[0]}: program not found, or not executable: check the name or give its path")
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if child is None:
+            early.append(signum)
+        elif signum not in _FROM_TERMINAL or not _in_foreground():
+            child.send_signal(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+    try:
+        with EnergyMeter(ledger, sources=sources) as meter:
+            meter.phase("command")
+            try:
+                child = subprocess.Popen(command, env={**os.environ, METERED_BY: str(ledger.resolve())})
+            except OSError as error:
+                raise ConfigError(f"{command[0]}: cannot be started ({error.strerror}): check the file") from None
+            for signum in early:
+                child.send_signal(signum)
+            code = child.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether this process group is the one its terminal sends Ctrl-C to."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
