@@ -64,20 +64,19 @@ def topk_route(
     _check(logits_TE, expert_bias_E, top_k, score_func, topk_method, n_group, topk_group)
     if topk_method == "greedy":
         n_group = topk_group = 1
-    return RouteResult(
-        *_topk_route(
-            logits_TE,
-            None if expert_bias_E is None else expert_bias_E.detach(),
-            top_k,
-            score_func,
-            topk_method,
-            n_group,
-            topk_group,
-            norm_topk_prob,
-            routed_scaling_factor,
-            resolve(backend, logits_TE.device),
-        )
+    weight, scores, index, counts = _topk_route(
+        logits_TE,
+        None if expert_bias_E is None else expert_bias_E.detach(),
+        top_k,
+        score_func,
+        topk_method,
+        n_group,
+        topk_group,
+        norm_topk_prob,
+        routed_scaling_factor,
+        resolve(backend, logits_TE.device),
     )
+    return RouteResult(index, weight, scores, counts)
 
 
 def _check(
@@ -139,9 +138,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_tokens, n_experts = logits.shape
     return (
-        logits.new_empty((n_tokens, top_k), dtype=torch.int64),
         logits.new_empty((n_tokens, top_k), dtype=torch.float32),
         logits.new_empty((n_tokens, n_experts), dtype=torch.float32),
+        logits.new_empty((n_tokens, top_k), dtype=torch.int64),
         logits.new_empty((n_experts,), dtype=torch.int32),
     )
 
@@ -176,7 +175,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, _, _, score_func, _, _, _, norm_topk_prob, scale, backend = inputs
-    index, _, scores, counts = output
+    _, scores, index, counts = output
     ctx.mark_non_differentiable(index, counts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(index, scores)
@@ -186,10 +185,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(
     ctx: Any,
-    g_index: Tensor | None,
     g_weight: Tensor | None,
     g_scores: Tensor | None,
-    g_counts: Tensor | None,
+    *unused: Tensor | None,
 ) -> tuple:
     if g_weight is None and g_scores is None:
         return (None,) * 10

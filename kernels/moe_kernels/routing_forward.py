@@ -71,7 +71,7 @@ def _forward_torch(
         weight = weight / (weight.sum(-1, keepdim=True) + EPS)
     counts = torch.zeros(n_experts, dtype=torch.int32, device=logits.device)
     counts.scatter_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.int32, device=logits.device))
-    return index, weight * scale, scores, counts
+    return weight * scale, scores, index, counts
 
 
 # kernels
@@ -203,7 +203,7 @@ def _forward_triton(
     scores = torch.empty(n_tokens, n_experts, dtype=torch.float32, device=logits.device)
     counts = torch.zeros(n_experts, dtype=torch.int32, device=logits.device)
     if n_tokens == 0:
-        return index, weight, scores, counts
+        return weight, scores, index, counts
     group_size = n_experts // n_group
     block_g, block_s = triton.next_power_of_2(n_group), triton.next_power_of_2(group_size)
     block_t = tokens_per_program(block_g * block_s)
@@ -232,7 +232,7 @@ def _forward_triton(
             BK=triton.next_power_of_2(top_k),
             num_warps=4,
         )
-    return index, weight, scores, counts
+    return weight, scores, index, counts
 
 
 def route_forward(
@@ -247,6 +247,6 @@ def route_forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(index int64, weight fp32, scores fp32, tokens_per_expert int32) by the given backend."""
+    """(weight fp32, scores fp32, index int64, tokens_per_expert int32) by the given backend."""
     run = _forward_triton if backend == "triton" else _forward_torch
     return run(logits, bias, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale)
