@@ -59,12 +59,12 @@ def _attention(config: "ModelConfig") -> int:
     hidden, heads = config.hidden_size, config.num_attention_heads
     bias = int(config.attention_bias)
     if config.attention == "mla":
-        rank, rope = config.kv_lora_rank or 0, config.qk_rope_head_dim or 0
+        rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         q_width = heads * config.qk_head_dim
         q_rank = config.q_lora_rank
         query = hidden * q_width if q_rank is None else (hidden + bias + 1 + q_width) * q_rank
         down = (hidden + bias) * (rank + rope) + rank
-        up = rank * heads * ((config.qk_nope_head_dim or 0) + config.value_head_dim)
+        up = rank * heads * (config.qk_nope_head_dim + config.value_head_dim)
         output = (heads * config.value_head_dim + bias) * hidden
         return query + down + up + output
     width = config.qk_head_dim

@@ -1,14 +1,16 @@
 """Everything a user can do wrong or a machine can do to them, as one tree.
 
     MoEError
-    ├── ConfigError        a field, argument or file the user gave (also a ValueError): one sentence with field, value and mend
+    ├── ConfigError        a field, argument or file the user gave (also a ValueError)
     ├── CheckpointError    a checkpoint is missing, torn or of another run
     ├── DataError          a corpus or tokenizer cannot be used
     ├── LedgerError        an energy ledger is unreadable or its hash chain is broken
     ├── SensorError        a sensor that was asked for cannot be read
+    ├── TrainingError      training cannot go on: the loss is not finite
     └── CompareError       runs cannot be compared as asked
 
-`moe` and the recipes print the message of a MoEError on one line and exit with 2; in Python they are ordinary exceptions.
+Messages are one sentence with field, value and mend. `moe` and the recipes print it and exit with 2; in Python they are
+ordinary exceptions.
 """
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "LedgerError",
     "MoEError",
     "SensorError",
+    "TrainingError",
 ]
 
 
@@ -44,6 +47,10 @@ class LedgerError(MoEError):
 
 class SensorError(MoEError):
     """A sensor that was asked for by name cannot be read on this machine."""
+
+
+class TrainingError(MoEError):
+    """Training cannot go on; the message names the step and the newest checkpoint."""
 
 
 class CompareError(MoEError):

@@ -28,10 +28,10 @@ class ModelConfig(Section):
         "mla", doc="mla: keys and values from one latent per token; gqa: grouped-query attention"
     )
     q_lora_rank: int | None = setting(None, at_least=1, doc="mla: rank of the query projection; none for a full matrix")
-    kv_lora_rank: int | None = setting(None, at_least=1, doc="mla: width of the latent keys and values come from")
-    qk_nope_head_dim: int | None = setting(None, at_least=1, doc="mla: per head, query and key part without position")
-    qk_rope_head_dim: int | None = setting(None, at_least=2, doc="mla: per head, query and key part with position")
-    v_head_dim: int | None = setting(None, at_least=1, doc="mla: per head, value width")
+    kv_lora_rank: int = setting(0, at_least=0, doc="mla: width of the latent keys and values come from")
+    qk_nope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part without position")
+    qk_rope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part with position")
+    v_head_dim: int = setting(0, at_least=0, doc="mla: per head, value width")
     num_key_value_heads: int | None = setting(None, at_least=1, doc="gqa: key and value heads; none for one a head")
     head_dim: int | None = setting(None, at_least=2, doc="gqa: width of a head; none for hidden_size / heads")
     qk_norm: Literal["none", "head", "full"] = setting(
@@ -72,9 +72,8 @@ class ModelConfig(Section):
 
     def _check_mla(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(self, name) is None:
+            if getattr(self, name) == 0:
                 self.fail(name, "is needed by attention='mla': give it, or set model.attention=gqa")
-        assert self.qk_rope_head_dim is not None
         if self.qk_rope_head_dim % 2:
             self.fail("qk_rope_head_dim", "must be even: rotary positions turn pairs")
         if self.qk_norm != "none":
@@ -125,20 +124,25 @@ class ModelConfig(Section):
 
     @property
     def has_expert_bias(self) -> bool:
-        """Whether routers carry a selection bias for balancing: part of the architecture, as in released checkpoints."""
+        """Whether routers carry a selection bias for balancing: the architecture decides, as in Hugging Face."""
         return self.is_moe and self.topk_method == "noaux_tc"
 
     @property
     def qk_head_dim(self) -> int:
         """Width of one query or key head."""
         if self.attention == "mla":
-            return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def value_head_dim(self) -> int:
         """Width of one value head."""
-        return (self.v_head_dim or 0) if self.attention == "mla" else self.qk_head_dim
+        return self.v_head_dim if self.attention == "mla" else self.qk_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Part of a head that rotary positions turn."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
 
     @property
     def active_width(self) -> int:

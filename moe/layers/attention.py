@@ -1,0 +1,76 @@
+"""Grouped-query attention (Ainslie et al., arXiv:2305.13245), as in Llama, Qwen3 and OLMoE."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layers.rope import Rotary, apply_rotary, rotary_tables
+
+__all__ = ["GroupedQueryAttention"]
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention whose query heads share fewer key and value heads.
+
+    Args:
+        hidden_size: width D of the input.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key and value heads, a divisor of H; None for H.
+        head_dim: width of a head, even; None for D / H.
+        qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
+        attention_bias: biases in the four projections.
+        rope_theta: base of the rotary frequencies (pairs are halves).
+        rms_norm_eps: epsilon of the norms.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qk_norm: Literal["none", "head", "full"] = "none",
+        attention_bias: bool = False,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_attention_heads
+        self.num_kv_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.rope_theta = rope_theta
+        self.qk_norm = qk_norm
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
+        self.k_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
+        self.v_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
+        self.o_proj = nn.Linear(q_width, hidden_size, bias=attention_bias)
+        if qk_norm != "none":
+            self.q_norm = nn.RMSNorm(self.head_dim if qk_norm == "head" else q_width, eps=rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim if qk_norm == "head" else kv_width, eps=rms_norm_eps)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width the rotary tables must be made for."""
+        return self.head_dim
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
+        batch, length, _ = x_BSD.shape
+        if rotary is None:
+            rotary = rotary_tables(torch.arange(length, device=x_BSD.device)[None], self.rotary_dim, self.rope_theta)
+        query, key, value = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (part.view(batch, length, -1, self.head_dim) for part in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        query, key = apply_rotary(query, rotary, interleaved=False), apply_rotary(key, rotary, interleaved=False)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))

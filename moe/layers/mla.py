@@ -1,0 +1,92 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1; DeepSeek-V3, arXiv:2412.19437 section 2.1.1).
+
+Keys and values of all heads come from one latent of `kv_lora_rank` numbers a token, and one rotary key of
+`qk_rope_head_dim` numbers is shared by all heads; the two together are all a decoder must remember of a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.layers.rope import Rotary, apply_rotary, rotary_tables
+
+__all__ = ["MultiHeadLatentAttention"]
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Causal self-attention over a compressed latent.
+
+    Args:
+        hidden_size: width D of the input.
+        num_attention_heads: heads H.
+        kv_lora_rank: width C of the latent.
+        qk_nope_head_dim: per head, query and key part without position.
+        qk_rope_head_dim: per head, query and (shared) key part with rotary position, even (pairs are neighbours).
+        v_head_dim: per head, value width.
+        q_lora_rank: rank of the query projection; None for a full matrix.
+        attention_bias: biases in the down-projections and the output projection, as in Hugging Face's DeepseekV3.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: epsilon of the latent norms.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        q_lora_rank: int | None = None,
+        *,
+        attention_bias: bool = False,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_attention_heads
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.q_lora_rank = q_lora_rank
+        self.rope_theta = rope_theta
+        q_width = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
+            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias)
+        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width the rotary tables must be made for."""
+        return self.qk_rope_head_dim
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
+        batch, length, _ = x_BSD.shape
+        if rotary is None:
+            rotary = rotary_tables(torch.arange(length, device=x_BSD.device)[None], self.rotary_dim, self.rope_theta)
+        query = self._query(x_BSD).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(latent))
+        expanded = expanded.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        q_rope = apply_rotary(q_rope, rotary, interleaved=True)
+        k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, interleaved=True)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def _query(self, x_BSD: Tensor) -> Tensor:
+        if self.q_lora_rank is None:
+            return self.q_proj(x_BSD)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))

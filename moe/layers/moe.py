@@ -1,0 +1,86 @@
+"""The mixture-of-experts feed-forward: router, routed experts, shared experts (DeepSeekMoE, arXiv:2401.06066)."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from moe.errors import ConfigError
+from moe.layers.experts import Experts
+from moe.layers.feed_forward import FeedForward
+from moe.layers.router import Router
+
+__all__ = ["MoE"]
+
+
+class MoE(nn.Module):
+    """A drop-in for a transformer's feed-forward, (…, hidden_size) to (…, hidden_size). No token is ever dropped.
+
+    Args:
+        hidden_size: width D of the input.
+        n_routed_experts: experts E the router chooses from.
+        num_experts_per_tok: experts K each token is sent to.
+        moe_intermediate_size: width F of one expert's SwiGLU.
+        n_shared_experts: experts every token passes, computed as one SwiGLU of that many widths.
+        score_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `moe.ModelConfig`.
+        backend: "torch" or "triton" kernels; None chooses by device.
+
+    To balance its load while training, call `moe.Balancer(model).step()` after each optimizer step.
+
+    Raises:
+        ConfigError: K is not between 1 and E, or groups do not divide the experts.
+
+    Example:
+        >>> layer = MoE(64, 8, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1)
+        >>> layer(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        moe_intermediate_size: int,
+        n_shared_experts: int = 0,
+        *,
+        score_func: Literal["sigmoid", "softmax"] = "sigmoid",
+        topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc",
+        n_group: int = 1,
+        topk_group: int = 1,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        backend: Literal["torch", "triton"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_experts_per_tok <= n_routed_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={num_experts_per_tok} must be between 1 and n_routed_experts ({n_routed_experts})"
+            )
+        if n_routed_experts % n_group or not 1 <= topk_group <= n_group:
+            raise ConfigError(
+                f"n_group={n_group} must divide n_routed_experts ({n_routed_experts}) "
+                f"and topk_group={topk_group} must be between 1 and n_group"
+            )
+        self.router = Router(
+            hidden_size,
+            n_routed_experts,
+            num_experts_per_tok,
+            score_func=score_func,
+            topk_method=topk_method,
+            n_group=n_group,
+            topk_group=topk_group,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+            backend=backend,
+        )
+        self.experts = Experts(hidden_size, moe_intermediate_size, n_routed_experts, backend=backend)
+        shared = n_shared_experts * moe_intermediate_size
+        self.shared_experts = FeedForward(hidden_size, shared) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        route = self.router(x_TD)
+        y_TD = self.experts(x_TD, route.topk_index_TK, route.topk_weight_TK, route.tokens_per_expert_E)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x)

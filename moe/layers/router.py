@@ -1,0 +1,89 @@
+"""The router: which experts a token is sent to, and with what weight (DeepSeek-V3, arXiv:2412.19437 eqs 12-16).
+
+Scores are computed in fp32 whatever the precision around them. The experts are chosen by score + expert_bias and
+weighted by the score alone, so the bias steers load without touching the output's scale or receiving a gradient.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_kernels import RouteResult, topk_route
+
+__all__ = ["Router"]
+
+
+class Router(nn.Module):
+    """Linear scores over the experts and the choice of `num_experts_per_tok` of them.
+
+    `expert_bias` (E,) is an fp32 buffer that stays fp32 through `.to(dtype)` and mixed precision; it exists when
+    `topk_method="noaux_tc"` and is moved by `moe.Balancer`, never by the optimizer. `tokens_per_expert` (E,) adds up
+    the load of training forwards until the balancer reads and clears it; a plain tensor, not a buffer, because
+    DistributedDataParallel overwrites buffers with the first rank's.
+    """
+
+    expert_bias: Tensor | None
+    tokens_per_expert: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        *,
+        score_func: Literal["sigmoid", "softmax"] = "sigmoid",
+        topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc",
+        n_group: int = 1,
+        topk_group: int = 1,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        backend: Literal["torch", "triton"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        self.register_buffer("expert_bias", bias)
+        self.tokens_per_expert = None
+        self.num_experts_per_tok = num_experts_per_tok
+        self.score_func = score_func
+        self.topk_method = topk_method
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.backend = backend
+
+    def forward(self, x_TD: Tensor) -> RouteResult:
+        """Route T tokens of width D. Counts load only in training with gradients, so evaluation never steers."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+        route = topk_route(
+            logits_TE,
+            self.expert_bias,
+            top_k=self.num_experts_per_tok,
+            score_func=self.score_func,
+            topk_method=self.topk_method,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            norm_topk_prob=self.norm_topk_prob,
+            routed_scaling_factor=self.routed_scaling_factor,
+            backend=self.backend,
+        )
+        if self.training and torch.is_grad_enabled():
+            counts = route.tokens_per_expert_E.detach()
+            # out of place: an in-place add would trip activation checkpointing's check on recomputation
+            self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+        return route
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moves like any module, but casts leave `expert_bias` in fp32: a bf16 bias cannot take steps of 0.001."""
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        after = self.expert_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.expert_bias = before.to(after.device)
+        return self

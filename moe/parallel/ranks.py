@@ -1,0 +1,75 @@
+"""Who we are among the processes of a run, and sums over them.
+
+Rank and world size come from torch.distributed itself: under DeepSpeed on CPU accelerate believes there is one
+process while there are two.
+"""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_reduce_sum", "barrier", "gather_texts", "is_first", "local_rank", "node", "rank", "world_size"]
+
+_TEXT_BYTES = 256
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _active() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its host, as the launcher says; also right before torch.distributed starts."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def node() -> int:
+    """Number of this process's host, from 0, as the launcher says."""
+    return int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", "0")))
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which alone writes the run directory's files."""
+    return rank() == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over all ranks in place and return it; nothing happens with one process."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Every rank's `text` in rank order (at most 256 bytes each), as tensors: object collectives would pickle."""
+    if world_size() == 1:
+        return [text]
+    raw = text.encode()[:_TEXT_BYTES]
+    mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+    mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else mine[:0]
+    everyone = [torch.empty_like(mine, device=device) for _ in range(world_size())]
+    dist.all_gather(everyone, mine.to(device))
+    return [bytes(part.tolist()).rstrip(b"\0").decode() for part in everyone]
+
+
+def host() -> str:
+    """This host's name."""
+    return socket.gethostname()

@@ -1,0 +1,67 @@
+"""The validation loss, with its standard error, and how even the experts' load is on the whole validation set."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.balancer import LoadCounter
+from moe.data import Sequences
+from moe.data.tokens import DataFacts
+from moe.parallel import ranks
+from moe.parallel.engine import Engine
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: nn.Module, engine: Engine, sequences: Sequences, facts: DataFacts, *, count: int, batch_size: int
+) -> dict[str, float]:
+    """Metrics `eval/*` over the first `count` sequences, split between the ranks; every rank gets the same numbers.
+
+    `eval/loss` is nats per token; `eval/loss_se` the standard error of its mean over sequences; `eval/max_vio` that of
+    the worst layer over all tokens evaluated.
+    """
+    mine = range(ranks.rank() * count // engine.ranks, (ranks.rank() + 1) * count // engine.ranks)
+    sums = torch.zeros(3, dtype=torch.float64)  # sequences, their mean losses, the squares of those
+    with _evaluating(model), LoadCounter(model) as counter:
+        for first in range(mine.start, mine.stop, batch_size):
+            size = min(batch_size, mine.stop - first)
+            ids = engine.to_device(sequences.batch(first, size))
+            with engine.autocast():
+                losses = _sequence_losses(model, ids).double().cpu()
+            sums += torch.stack((torch.tensor(float(size)), losses.sum(), (losses**2).sum()))
+        load = counter.load()
+    number, total, squares = ranks.all_reduce_sum(sums.to(engine.device)).tolist()
+    mean = total / number
+    variance = max(0.0, squares / number - mean**2) * number / max(1.0, number - 1)
+    metrics = {
+        "eval/loss": mean,
+        "eval/loss_se": math.sqrt(variance / number),
+        "eval/bits_per_byte": mean / math.log(2) * facts.validation_tokens / facts.validation_bytes,
+    }
+    if load.tokens_per_expert:
+        metrics["eval/max_vio"] = max(load.max_vio().values())
+        metrics["eval/entropy"] = min(load.entropy().values())
+        metrics["eval/dead_experts"] = sum(load.dead_experts().values())
+    return metrics
+
+
+def _sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean next-token loss of each sequence, (B,), in fp32."""
+    logits = model(ids).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

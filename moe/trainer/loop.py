@@ -1,0 +1,231 @@
+"""The training loop, read top to bottom.
+
+A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward with their loss weighted
+by the valid tokens of the whole global batch; gradients are clipped; AdamW steps; the balancer moves the expert biases.
+The meter is told at each turn what the process is doing, and never waits for a GPU.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moe.balancer import Balancer, Load
+from moe.checkpoint import prune, save_checkpoint
+from moe.config import Recipe
+from moe.data import Sequences, TokenData
+from moe.errors import TrainingError
+from moe.model import Transformer
+from moe.optim import learning_rate, set_learning_rate
+from moe.parallel import ranks
+from moe.parallel.engine import Engine
+from moe.rundir import RunDir
+from moe.tracking import Tracking
+from moe.trainer.evaluate import evaluate
+from moe.trainer.metering import Cost, TrainingMeter
+from moe.trainer.signals import StopRequest
+
+__all__ = ["Loop", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a loop ended. `reason`: complete, budget, or the name of a signal. `metrics`: the last evaluation."""
+
+    step: int
+    reason: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Loop:
+    """Everything a step needs, and the steps. The parts are made by `moe.trainer.train`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        engine: Engine,
+        model: Transformer,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        balancer: Balancer,
+        data: TokenData,
+        meter: TrainingMeter,
+        tracking: Tracking,
+        stop: StopRequest,
+    ) -> None:
+        self.recipe, self.run, self.engine = recipe, run, engine
+        self.model, self.wrapped, self.optimizer, self.balancer = model, wrapped, optimizer, balancer
+        self.meter, self.tracking, self.stop = meter, tracking, stop
+        self.facts = data.facts
+        train = recipe.train
+        self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
+        self.eval_sequences = Sequences(data.validation, train.seq_len, None)
+        self.accumulation = train.accumulation(engine.ranks)
+        self.micro_batch = train.global_batch_size // (engine.ranks * self.accumulation)
+        self.tokens_per_step = train.global_batch_size * train.seq_len
+
+    def steps(self, first: int) -> Outcome:
+        """Train from step `first` to the end, a budget, or a signal; always ends in a checkpoint."""
+        train = self.recipe.train
+        progress = tqdm(
+            total=train.max_steps, initial=first, unit="step", desc=self.recipe.run.name,
+            disable=not ranks.is_first(), mininterval=0.5, dynamic_ncols=True,
+        )  # fmt: skip
+        step, reason, metrics = first, "complete", {}
+        rate = _Rate(self.tokens_per_step, first)
+        if first == 0:
+            metrics = self._evaluate(0)
+        while step < train.max_steps and reason == "complete":
+            rate.start()
+            loss, norm, load, asked = self._step(step)
+            step += 1
+            self.meter.progress(step, step * self.tokens_per_step)
+            if step % train.log_every_steps == 0 or step == train.max_steps:
+                loss_value, cost = float(loss), self.meter.cost()
+                self._log(step, loss_value, norm, load, cost, rate.stop(step))
+                progress.set_postfix_str(_postfix(loss_value, metrics, cost), refresh=False)
+                if _spent(cost, train.max_kwh, train.max_device_hours):
+                    reason = "budget"
+            else:
+                rate.pause()
+            progress.update()
+            if asked:
+                reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
+            done = step == train.max_steps or reason != "complete"
+            if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
+                metrics = self._evaluate(step)
+            if step % train.checkpoint_every_steps == 0 or done:
+                self._save(step)
+        progress.close()
+        return Outcome(step, reason, metrics)
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor, Load, bool]:
+        """One optimizer step. Returns loss, gradient norm, expert load, and whether any rank was asked to stop."""
+        self.meter.phase("data")
+        batch = self.recipe.train.global_batch_size
+        mine = step * batch + ranks.rank() * self.micro_batch * self.accumulation
+        batches = [
+            self.train_sequences.batch(mine + number * self.micro_batch, self.micro_batch)
+            for number in range(self.accumulation)
+        ]
+        valid = [ids.shape[0] * (ids.shape[1] - 1) for ids in batches]  # every next token of a packed sequence
+        agreed = torch.tensor([sum(valid), int(bool(self.stop))], dtype=torch.float64, device=self.engine.device)
+        total_valid, asked = ranks.all_reduce_sum(agreed).tolist()
+
+        self.meter.phase("forward_backward")
+        loss_sum = torch.zeros((), device=self.engine.device)
+        for number, (cpu_ids, count) in enumerate(zip(batches, valid, strict=True)):
+            ids = self.engine.to_device(cpu_ids)
+            with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
+                with self.engine.autocast():
+                    loss = self.wrapped(ids, labels=ids).loss
+                # DistributedDataParallel averages gradients over ranks; the weight turns that into the global mean
+                (loss * (count * self.engine.ranks / total_valid)).backward()
+            loss_sum += loss.detach() * count
+
+        self.meter.phase("optimizer")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
+        set_learning_rate(self.optimizer, learning_rate(self.recipe.optim, step, self.recipe.train.max_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        load = self.balancer.step()
+        return ranks.all_reduce_sum(loss_sum) / total_valid, norm, load, asked > 0
+
+    def _log(self, step: int, loss: float, norm: Tensor, load: Load, cost: Cost, rate: float) -> None:
+        """Write a metrics row. Raises TrainingError when the loss is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"train/loss is {loss} at step {step}; checkpoints up to the last save are whole in "
+                f"{self.run.checkpoints}: start a new run.name with a lower optim.lr, or train.resume from one of them"
+            )
+        row: dict[str, Any] = {
+            "train/step": step,
+            "train/tokens": step * self.tokens_per_step,
+            "train/loss": loss,
+            "train/grad_norm": float(norm),
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/device_hours": cost.device_hours,
+            "energy/total_kwh": cost.kwh,
+            "energy/power_w": cost.power_w,
+            "efficiency/tokens_per_s": rate,
+        }
+        if load.tokens_per_expert:
+            row["router/max_vio"] = max(load.max_vio().values())
+            row["router/entropy"] = min(load.entropy().values())
+            row["router/dead_experts"] = sum(load.dead_experts().values())
+        self.tracking.log(row)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.recipe.train.eval_every_tokens
+        return step * self.tokens_per_step // every > (step - 1) * self.tokens_per_step // every
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        self.meter.phase("evaluation")
+        wanted = self.recipe.train.eval_sequences or len(self.eval_sequences)
+        metrics = evaluate(
+            self.model,
+            self.engine,
+            self.eval_sequences,
+            self.facts,
+            count=min(wanted, len(self.eval_sequences)),
+            batch_size=self.micro_batch,
+        )
+        # the row's clock, after the evaluation, is what `moe compare` looks up in the ledger: a loss costs its measuring
+        self.tracking.log({"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics})
+        return metrics
+
+    def _save(self, step: int) -> None:
+        self.meter.phase("checkpoint")
+        tokens = step * self.tokens_per_step
+        ledger = self.meter.flush(step, tokens)
+        self.tracking.sync()
+        if ranks.is_first():
+            save_checkpoint(
+                self.run.checkpoints, step, self.model, self.optimizer, {"tokens": tokens, "ledger": ledger}
+            )
+            prune(self.run.checkpoints, self.recipe.train.keep_checkpoints)
+        ranks.barrier()
+
+
+class _Rate:
+    """Tokens per second of steps alone: evaluation and checkpoints lie between `stop` or `pause` and `start`."""
+
+    def __init__(self, tokens_per_step: int, first_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._spent_s, self._began = 0.0, 0.0
+        self._logged_step = first_step
+
+    def start(self) -> None:
+        self._began = time.monotonic()
+
+    def pause(self) -> None:
+        self._spent_s += time.monotonic() - self._began
+
+    def stop(self, step: int) -> float:
+        """End a logged step and return the rate since the last one."""
+        self.pause()
+        rate = (step - self._logged_step) * self._tokens_per_step / max(self._spent_s, 1e-9)
+        self._spent_s, self._logged_step = 0.0, step
+        return rate
+
+
+def _spent(cost: Cost, max_kwh: float | None, max_device_hours: float | None) -> bool:
+    return (max_kwh is not None and cost.kwh >= max_kwh) or (
+        max_device_hours is not None and cost.device_hours >= max_device_hours
+    )
+
+
+def _postfix(loss: float, metrics: dict[str, float], cost: Cost) -> str:
+    parts = [f"loss {loss:.3f}"]
+    if "eval/loss" in metrics:
+        parts.append(f"eval {metrics['eval/loss']:.3f}")
+    if "eval/max_vio" in metrics:
+        parts.append(f"MaxVio {metrics['eval/max_vio']:.2f}")
+    parts.append(f"{cost.kwh * 1000:.2f} Wh")
+    return ", ".join(parts)
