@@ -1,4 +1,4 @@
-"""Where the kernel tests run: one fixture says backend, device, dtype; the same tests serve CPU, interpreter and GPU."""
+"""Where the kernel tests run: one fixture says backend, device, dtype, so one test serves CPU, interpreter and GPU."""
 
 import os
 from collections.abc import Callable, Iterator

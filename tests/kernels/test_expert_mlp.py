@@ -1,0 +1,245 @@
+"""expert_mlp against a per-token loop in fp64: value and the gradients of x, both weights and the routing weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moe_kernels import KernelError, expert_mlp, topk_route
+
+# tokens, model, hidden, experts, top-k
+CASES = {
+    "one-token": (1, 24, 20, 4, 2),
+    "one-expert": (7, 33, 5, 1, 1),
+    "all-experts": (7, 24, 20, 5, 5),
+    "odd": (63, 33, 5, 6, 3),
+    "aligned": (63, 24, 16, 8, 2),
+    "more-experts-than-rows": (2, 16, 8, 33, 2),
+}
+
+
+def per_token(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The definition, one token and slot at a time."""
+    y = []
+    for t, experts in enumerate(index.tolist()):
+        total = torch.zeros_like(x[t])
+        for k, e in enumerate(experts):
+            gate, up = (gate_up[e] @ x[t]).chunk(2)
+            total = total + weight[t, k] * (down[e] @ (silu(gate) * up))
+        y.append(total)
+    return torch.stack(y)
+
+
+def check(place: Any, leaf: Callable[..., Tensor], index: Tensor, width: int, hidden: int, n_experts: int) -> None:
+    """Compare one problem with the loop, gradients included."""
+    n_tokens, top_k = index.shape
+    x = leaf(n_tokens, width)
+    gate_up = leaf(n_experts, 2 * hidden, width, fan_in=width)
+    down = leaf(n_experts, width, hidden, fan_in=hidden)
+    weight = (torch.rand(n_tokens, top_k) + 0.5).to(place.device).requires_grad_()
+    counts = torch.bincount(index.flatten(), minlength=n_experts).int().to(place.device)
+    given = counts if top_k > 1 else None  # both ways of counting are used
+    y = expert_mlp(x, gate_up, down, index.to(place.device), weight, tokens_per_expert=given, backend=place.backend)
+    seed = torch.randn(n_tokens, width).to(place.dtype)
+    y.backward(seed.to(place.device))
+
+    truth = [t.detach().cpu().double().requires_grad_() for t in (x, gate_up, down, weight)]
+    want = per_token(truth[0], truth[1], truth[2], index, truth[3])
+    want.backward(seed.double())
+    assert y.dtype == place.dtype
+    place.agree("y", want, y)
+    for name, leaf64, got in zip(
+        ("dx", "dgate_up", "ddown", "dweight"), truth, (x, gate_up, down, weight), strict=True
+    ):
+        assert got.grad.dtype == got.dtype
+        place.agree(name, leaf64.grad, got.grad)
+    for e in (counts == 0).nonzero().flatten().tolist():
+        assert not gate_up.grad[e].any()
+        assert not down.grad[e].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_matches_the_per_token_loop(place: Any, leaf: Callable[..., Tensor], case: str) -> None:
+    """Value and all gradients at odd sizes; experts nobody chose get gradient zero, exactly."""
+    n_tokens, width, hidden, n_experts, top_k = CASES[case]
+    index = torch.rand(n_tokens, n_experts).argsort(-1)[:, :top_k]
+    check(place, leaf, index, width, hidden, n_experts)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_all_tokens_on_one_expert(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """The worst imbalance, over more than one tile of rows."""
+    check(place, leaf, torch.full((130, 1), 2), 16, 8, 4)
+
+
+def test_the_same_expert_twice(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """A token may name an expert in two slots; both count."""
+    check(place, leaf, torch.tensor([[1, 1], [0, 1], [2, 2]]), 16, 8, 3)
+
+
+def test_worked_example(place: Any) -> None:
+    """The numbers of the file's docstring."""
+
+    def of(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=place.dtype, device=place.device)
+
+    gate = 1.2784645  # silu(gate) = 1
+    gate_up, down = of(gate, 2, gate, 3).view(2, 2, 1), of(10, 20).view(2, 1, 1)
+    index = torch.tensor([[0, 1]], device=place.device)
+    weight = torch.tensor([[0.5, 0.25]], device=place.device)
+    y = expert_mlp(of(1).view(1, 1), gate_up, down, index, weight, backend=place.backend)
+    place.agree("y", torch.tensor([[25.0]]), y)
+
+
+def test_no_tokens(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """A rank that received nothing still gives every parameter a gradient."""
+    x, gate_up, down = leaf(0, 16), leaf(3, 8, 16), leaf(3, 16, 4)
+    index = torch.empty(0, 2, dtype=torch.int64, device=place.device)
+    y = expert_mlp(x, gate_up, down, index, torch.empty(0, 2, device=place.device), backend=place.backend)
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert not gate_up.grad.any()
+    assert not down.grad.any()
+
+
+def test_from_logits_to_gradients(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """Router and experts together: the gradient of the logits through the weights of the chosen."""
+    logits = torch.randn(9, 6, device=place.device, requires_grad=True)
+    x, gate_up, down = leaf(9, 16), leaf(6, 16, 16, fan_in=16), leaf(6, 16, 8, fan_in=8)
+    route = topk_route(logits, top_k=2, backend=place.backend)
+    y = expert_mlp(
+        x,
+        gate_up,
+        down,
+        route.topk_index_TK,
+        route.topk_weight_TK,
+        tokens_per_expert=route.tokens_per_expert_E,
+        backend=place.backend,
+    )
+    y.float().square().sum().backward()
+    index = route.topk_index_TK.cpu()
+    truth = logits.detach().cpu().double().requires_grad_()
+    chosen = truth.sigmoid().gather(1, index)
+    weight = chosen / chosen.sum(-1, keepdim=True)
+    per_token(*(t.detach().cpu().double() for t in (x, gate_up, down)), index, weight).square().sum().backward()
+    # The gradient of normalised weights is a difference of large terms: allow their rounding.
+    place.agree("d_logits", truth.grad, logits.grad, 1e-4 if place.dtype == torch.float32 else 0.1)
+
+
+def test_autocast_keeps_fp32_masters(on_cpu: Any) -> None:
+    """Under autocast the result is bf16, equal to casting by hand, and gradients are fp32."""
+    x = torch.randn(9, 16, requires_grad=True)
+    gate_up, down = torch.randn(4, 16, 16, requires_grad=True), torch.randn(4, 16, 8, requires_grad=True)
+    index, weight = torch.rand(9, 4).argsort(-1)[:, :2], torch.rand(9, 2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = expert_mlp(x, gate_up, down, index, weight, backend=on_cpu.backend)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert {t.grad.dtype for t in (x, gate_up, down, weight)} == {torch.float32}
+    by_hand = expert_mlp(*(t.detach().bfloat16() for t in (x, gate_up, down)), index, weight.detach())
+    assert torch.equal(y, by_hand)
+
+
+def test_keeps_x_and_the_pre_activations_only(on_cpu: Any) -> None:
+    """Bytes kept for the backward stay within 10 % of x + h, parameters aside, also under autocast."""
+    n_tokens, width, hidden, n_experts, top_k = 512, 64, 32, 8, 4
+    gate_up = torch.randn(n_experts, 2 * hidden, width, requires_grad=True)
+    down = torch.randn(n_experts, width, hidden, requires_grad=True)
+    index, weight = torch.rand(n_tokens, n_experts).argsort(-1)[:, :top_k], torch.rand(n_tokens, top_k)
+    parameters = {gate_up.data_ptr(), down.data_ptr()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in parameters:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    for autocast, size in ((False, 4), (True, 2)):
+        kept.clear()
+        x = torch.randn(n_tokens, width, requires_grad=True)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        ):
+            y = expert_mlp(x, gate_up, down, index, weight, backend=on_cpu.backend)
+        smallest = size * (n_tokens * width + n_tokens * top_k * 2 * hidden)
+        assert smallest <= sum(kept.values()) <= 1.1 * smallest
+        y.sum().backward()
+
+
+def test_frozen_parts_get_no_gradient(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """Only what asks for a gradient gets one, and the rest is still right."""
+    x, gate_up, down = leaf(5, 16).detach(), leaf(3, 16, 16, fan_in=16), leaf(3, 16, 8, fan_in=8).detach()
+    index, weight = torch.rand(5, 3).argsort(-1)[:, :2].to(place.device), torch.rand(5, 2, device=place.device)
+    expert_mlp(x, gate_up, down, index, weight, backend=place.backend).sum().backward()
+    alone = gate_up.grad.clone()
+    gate_up.grad = None
+    x.requires_grad_()
+    expert_mlp(x, gate_up, down, index, weight, backend=place.backend).sum().backward()
+    assert torch.equal(alone, gate_up.grad)
+    assert x.grad is not None
+    assert down.grad is None
+    with torch.no_grad():
+        assert not expert_mlp(x, gate_up, down, index, weight, backend=place.backend).requires_grad
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    """One sentence with shapes or dtypes."""
+    x, gate_up, down = torch.zeros(3, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
+    index, weight = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+    with pytest.raises(KernelError, match=r"do not fit x_TD \(3, 7\)"):
+        expert_mlp(x[:, :7], gate_up, down, index, weight)
+    with pytest.raises(KernelError, match=r"do not fit"):
+        expert_mlp(x, gate_up[:, :6], down, index, weight)
+    with pytest.raises(KernelError, match="flatten"):
+        expert_mlp(x[None], gate_up, down, index, weight)
+    with pytest.raises(KernelError, match=r"topk_weight_TK \(3, 1\)"):
+        expert_mlp(x, gate_up, down, index, weight[:, :1])
+    with pytest.raises(KernelError, match="tokens_per_expert"):
+        expert_mlp(x, gate_up, down, index, weight, tokens_per_expert=torch.zeros(3))
+    with pytest.raises(KernelError, match=r"bfloat16.*autocast"):
+        expert_mlp(x.bfloat16(), gate_up, down, index, weight)
+
+
+def test_library_op_is_well_formed() -> None:
+    """Schema, fake implementation and autograd registration agree."""
+    x = torch.randn(5, 8, requires_grad=True)
+    gate_up, down = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
+    index, weight = torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2, requires_grad=True)
+    op = torch.ops.moe_kernels.expert_mlp.default
+    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, "torch"))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_compiles_as_one_graph(autocast: bool) -> None:
+    """torch.compile(fullgraph=True) of router and experts, forward and backward."""
+    gate_up, down = torch.randn(4, 16, 8, requires_grad=True), torch.randn(4, 8, 8, requires_grad=True)
+    x, router = torch.randn(9, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            route = topk_route(x @ router.t(), top_k=2)
+            return expert_mlp(x, gate_up, down, route.topk_index_TK, route.topk_weight_TK).float().sum()
+
+    leaves = [x, router, gate_up, down]
+    want = torch.autograd.grad(layer(x), leaves)
+    got = torch.autograd.grad(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), leaves)
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_activation_checkpoint_gives_the_same_gradients() -> None:
+    """Recomputing the forward in the backward changes nothing."""
+    from torch.utils.checkpoint import checkpoint
+
+    x, gate_up, down = torch.randn(5, 8), torch.randn(3, 12, 8), torch.randn(3, 8, 6)
+    index, weight = torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2)
+    leaves = [t.requires_grad_() for t in (x, gate_up, down, weight)]
+    want = torch.autograd.grad(expert_mlp(x, gate_up, down, index, weight).sum(), leaves)
+    y = checkpoint(expert_mlp, x, gate_up, down, index, weight, use_reentrant=False)
+    got = torch.autograd.grad(y.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

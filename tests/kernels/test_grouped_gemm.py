@@ -1,0 +1,127 @@
+"""grouped_gemm against a loop over experts in fp64: value and both gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels import KernelError, grouped_gemm
+
+# rows of each expert, inputs, outputs
+CASES = {
+    "one-row": ([1], 24, 20),
+    "one-expert": ([63], 33, 5),
+    "first-and-last-empty": ([0, 3, 1, 0], 24, 10),
+    "all-on-one": ([0, 0, 63, 0], 16, 8),
+    "several-tiles": ([130, 0, 7, 65], 40, 72),
+    "odd": ([7, 1, 2], 7, 3),
+}
+
+
+def loop(x: Tensor, w: Tensor, rows: list[int]) -> Tensor:
+    """The definition: each expert's rows times its transposed weight."""
+    return torch.cat([part @ w[e].t() for e, part in enumerate(x.split(rows))])
+
+
+def offsets_of(rows: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_matches_the_loop(place: Any, leaf: Callable[..., Tensor], case: str) -> None:
+    """y, dx and dw; experts without rows get gradient zero, exactly."""
+    rows, n_in, n_out = CASES[case]
+    x, w = leaf(sum(rows), n_in), leaf(len(rows), n_out, n_in, fan_in=n_in)
+    y = grouped_gemm(x, w, offsets_of(rows, place.device), backend=place.backend)
+    seed = torch.randn(y.shape).to(place.dtype)
+    y.backward(seed.to(place.device))
+
+    x64, w64 = (t.detach().cpu().double().requires_grad_() for t in (x, w))
+    want = loop(x64, w64, rows)
+    want.backward(seed.double())
+    assert y.dtype == place.dtype
+    place.agree("y", want, y)
+    place.agree("dx", x64.grad, x.grad)
+    place.agree("dw", w64.grad, w.grad)
+    for e, n in enumerate(rows):
+        assert n or not w.grad[e].any()
+
+
+def test_worked_example(place: Any) -> None:
+    """The numbers of the file's docstring."""
+    w = torch.tensor([10.0, 20, 30], dtype=place.dtype, device=place.device).view(3, 1, 1).requires_grad_()
+    x = torch.tensor([[1.0], [2], [3]], dtype=place.dtype, device=place.device)
+    y = grouped_gemm(x, w, torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=place.device), backend=place.backend)
+    assert y.flatten().tolist() == [10, 20, 90]
+    y.backward(torch.ones_like(y))
+    assert w.grad.flatten().tolist() == [3, 0, 3]
+
+
+def test_strided_inputs_and_expanded_gradients(place: Any) -> None:
+    """Any strides of x and w, and the gradient of a plain sum, which has stride zero."""
+    x = torch.randn(16, 9, device=place.device).to(place.dtype).t()
+    w = torch.randn(2, 16, 8, device=place.device).to(place.dtype).transpose(1, 2).requires_grad_()
+    grouped_gemm(x, w, offsets_of([4, 5], place.device), backend=place.backend).sum().backward()
+    want = torch.stack([part.double().sum(0).expand(8, 16) for part in x.split([4, 5])])
+    place.agree("dw", want, w.grad)
+
+
+def test_no_rows(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """Every parameter takes part in the backward even when nothing was routed here."""
+    x, w = leaf(0, 8), leaf(3, 16, 8)
+    y = grouped_gemm(x, w, offsets_of([0, 0, 0], place.device), backend=place.backend)
+    assert y.shape == (0, 16)
+    y.sum().backward()
+    assert x.grad.shape == (0, 8)
+    assert not w.grad.any()
+
+
+def test_only_what_is_needed_gets_a_gradient(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """A frozen weight costs no product and gets no gradient."""
+    x, w = leaf(5, 8), leaf(2, 4, 8).detach()
+    grouped_gemm(x, w, offsets_of([2, 3], place.device), backend=place.backend).sum().backward()
+    assert x.grad is not None
+    assert w.grad is None
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    """One sentence with the shapes."""
+    x, w, offsets = torch.zeros(4, 6), torch.zeros(2, 5, 6), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(KernelError, match="do not fit"):
+        grouped_gemm(x[:, :5], w, offsets)
+    with pytest.raises(KernelError, match="offsets_E1"):
+        grouped_gemm(x, w, offsets[:2])
+    with pytest.raises(KernelError, match="cast one"):
+        grouped_gemm(x.bfloat16(), w, offsets)
+
+
+def test_library_op_is_well_formed() -> None:
+    """Schema, fake implementation and autograd registration agree; one node for torch.compile."""
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(3, 4, 8, requires_grad=True)
+    offsets = offsets_of([2, 0, 4], "cpu")
+    torch.library.opcheck(torch.ops.moe_kernels.grouped_gemm.default, (x, w, offsets, "torch"))
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return (grouped_gemm(x, w, offsets) ** 2).sum()
+
+    want = torch.autograd.grad(run(x, w), [x, w])
+    got = torch.autograd.grad(torch.compile(run, fullgraph=True, backend="aot_eager")(x, w), [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.gpu
+def test_rows_past_two_to_the_31_elements() -> None:
+    """Offsets are 64 bit: the last rows of a matrix of more than 2^31 elements come out right."""
+    n_rows, n_in = 2**21 + 130, 1024
+    x = torch.zeros(n_rows, n_in, dtype=torch.bfloat16, device="cuda")
+    x[-1, -1] = 3
+    w = torch.full((2, 16, n_in), 2.0, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    y = grouped_gemm(x, w, torch.tensor([0, 5, n_rows], dtype=torch.int32, device="cuda"), backend="triton")
+    assert (y[-1] == 6).all()
+    assert not y[:-1].any()
+    y.backward(torch.ones_like(y))
+    assert (w.grad[1, :, -1] == 3).all()
+    assert not w.grad[0].any()
