@@ -32,6 +32,8 @@ case "$*" in
         chmod +x "${{@: -1}}/bin/python"
         ;;
     '-m pip'*) source "$log/pip" ;;
+    '-m pytest'*) source "$log/pytest" ;;
+    *torch*) echo 8 ;;
 esac
 """
 
@@ -202,6 +204,74 @@ def test_help_installs_nothing(house: House, script: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"usage: scripts/{script}")
     assert (house.log / "calls").read_text() == ""
+
+
+LAUNCH = (
+    "accelerate launch --config_file scripts/one_process.yaml --num_processes 1 --num_machines 1"
+    " --mixed_precision no --dynamo_backend no recipes/quickstart"
+)
+
+
+@pytest.mark.parametrize(("option", "prefix"), [([], "quickstart"), (["--fast"], "quickstart_fast")])
+def test_quickstart_trains_both_and_compares(house: House, option: list[str], prefix: str) -> None:
+    """Two launches, then the table with the report, then the same as JSON; --fast only adds words."""
+    for name in ("accelerate", "moe"):
+        house.add(name, f'#!/usr/bin/env bash\necho "{name} $*" >>"{house.log}/calls"; echo "{{}}"\n')
+    result = house.run("quickstart", *option)
+    assert result.returncode == 0, result.stderr
+    calls = [line for line in (house.log / "calls").read_text().splitlines() if line.startswith(("accelerate", "moe"))]
+    moe, dense, table, machine = calls
+    assert moe.startswith(f"{LAUNCH}_moe.py run.name={prefix}_moe")
+    assert ("train.max_steps=" in moe) == bool(option)
+    assert dense == moe.replace("_moe", "_dense")
+    compare = f"moe compare runs/{prefix}_moe --baseline runs/{prefix}_dense"
+    assert [table, machine] == [f"{compare} --html runs/quickstart/report.html", f"{compare} --json"]
+    assert (house.root / "runs" / "quickstart" / "compare.json").read_text() == "{}\n"
+    assert result.stdout.splitlines()[-1] == f"report: {house.root}/runs/quickstart/report.html"
+
+
+def test_quickstart_stops_when_training_fails(house: House) -> None:
+    """No comparison of runs that are not there."""
+    house.add("accelerate", "#!/usr/bin/env bash\nexit 1\n")
+    assert house.run("quickstart").returncode == 1
+    assert not (house.root / "runs").exists()
+
+
+# A stand-in for pytest: $4 is the marker expression, $5 the report it is asked for.
+PYTEST = """
+echo "$4 ${TRITON_INTERPRET-compiled}" >>"$log/modes"
+case $4 in
+    interpreter) numbers='errors="0" failures="2" skipped="1" tests="10"' code=1 ;;
+    aot) exit 5 ;;
+    *) numbers='errors="0" failures="0" skipped="3" tests="40"' code=0 ;;
+esac
+echo "<testsuites name=\\"all\\"><testsuite name=\\"pytest\\" $numbers time=\\"1\\">" >"${5#--junitxml=}"
+exit $code
+"""
+
+
+def test_totals_cover_all_processes(house: House) -> None:
+    """All three run although one fails; a process that finds no test counts as a failure; the total comes last."""
+    (house.log / "pytest").write_text(PYTEST)
+    result = house.run("test")
+    main, interpreter, aot, total = result.stdout.splitlines()
+    assert result.returncode == 1
+    assert main.startswith("main: ok, 37 passed, 0 failed, 3 skipped")
+    assert interpreter.startswith("interpreter: FAILED (pytest exit 1), 7 passed, 2 failed, 1 skipped")
+    assert aot.startswith("aot: FAILED (no test was selected), 0 passed, 1 failed")
+    assert total.startswith("44 passed, 3 failed, 4 skipped")
+    assert (house.log / "modes").read_text().splitlines()[1:] == ["interpreter 1", "aot compiled"]
+
+
+@pytest.mark.parametrize(("words", "name"), [(["--soak"], "soak"), (["-k", "router"], "main")])
+def test_one_process_with_arguments(house: House, words: list[str], name: str) -> None:
+    """--soak and pytest's own arguments run one process and pass through."""
+    (house.log / "pytest").write_text(PYTEST)
+    result = house.run("test", *words)
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[0].startswith(f"{name}: ok, 37 passed")
+    assert (house.log / "calls").read_text().count("-m pytest") == 1
+    assert ("-k router" in (house.log / "calls").read_text()) == (name == "main")
 
 
 def test_constraints_pin_what_is_required() -> None:
