@@ -1,0 +1,166 @@
+"""The comparison of runs with baselines: unit, target loss, crossings, ratios, and everything as one JSON object."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.compare import sentences
+from moe.compare.equal_loss import AXES, UNITS, Crossing, Ratio, cheapest_ratio, cross, reachable, scores
+from moe.compare.runs import Run, load_runs
+from moe.errors import CompareError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Comparison", "Entry", "compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One run in a comparison. `ratios` are the ladder's over this run's; a baseline has none."""
+
+    run: Run
+    role: str  # "run" or "baseline"
+    crossing: Crossing
+    ratios: Mapping[str, Ratio]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs and baselines at one loss. Energy is an axis only when every side measured it at the same scope."""
+
+    entries: tuple[Entry, ...]
+    at_loss: float
+    unit: str
+    same_data: bool
+    axes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ratios(self) -> Mapping[str, Ratio]:
+        """The first run's ratios: the headline. The other runs' are with their entries."""
+        return self.entries[0].ratios
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps(…, allow_nan=False)`; an interval's open end is null."""
+        return {
+            "at_loss": self.at_loss,
+            "unit": self.unit,
+            "same_data": self.same_data,
+            "cost_axes": list(self.axes),
+            "runs": [_run_json(entry, self.unit, self.axes) for entry in self.entries],
+            "ratios": {axis: _ratio_json(ratio) for axis, ratio in self.ratios.items()},
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> "Table":
+        """The comparison as a rich table."""
+        from moe.compare.table import build_table
+
+        return build_table(self)
+
+    def write_html(self, path: str | Path) -> None:
+        """Write one self-contained page, aside and renamed. Raises CompareError when it cannot be written."""
+        from moe.compare.html import write_html
+
+        write_html(self, Path(path))
+
+
+def compare(
+    runs: Sequence[str | Path], baselines: Sequence[str | Path] = (), at_loss: float | None = None
+) -> Comparison:
+    """Compare run directories with baselines at the loss `at_loss`, in the unit the comparison ends up with.
+
+    Without `at_loss` the highest loss is taken that a run can vouch for at its best: the lowest loss that every run
+    reached with 1.96 standard errors of its evaluation to spare, so that each interval is closed.
+    Raises CompareError when a directory is not a run, has no evaluation or ledger, or shares no unit with the others.
+    """
+    if not runs:
+        raise CompareError("there is no run to compare; give at least one run directory")
+    if at_loss is not None and not math.isfinite(at_loss):
+        raise CompareError(f"--at-loss {at_loss} must be a finite number")
+    loaded = load_runs([*runs, *baselines])
+    same_data, unit = _unit(loaded)
+    target = max(reachable(run, unit) for run in loaded) if at_loss is None else at_loss
+    crossings = [cross(run, unit, target) for run in loaded]
+    axes = tuple(axis for axis in AXES if axis != "energy" or _energy_comparable(loaded))
+    pairs = list(zip(loaded, crossings, strict=True))
+    ladder = pairs[len(runs) :]
+    entries = []
+    for index, (run, crossing) in enumerate(pairs):
+        ratios: dict[str, Ratio] = {}
+        if index < len(runs):
+            found = {axis: cheapest_ratio(axis, (run, crossing), ladder) for axis in axes}
+            ratios = {axis: ratio for axis, ratio in found.items() if ratio is not None}
+        role = "run" if index < len(runs) else "baseline"
+        entries.append(Entry(run=run, role=role, crossing=crossing, ratios=ratios))
+    notes = sentences.notes(entries, target, unit, same_data, axes)
+    return Comparison(
+        entries=tuple(entries), at_loss=target, unit=unit, same_data=same_data, axes=axes, notes=tuple(notes)
+    )
+
+
+def _unit(runs: Sequence[Run]) -> tuple[bool, str]:
+    """Whether all runs share validation text and tokenizer, and the unit their losses can be compared in."""
+    keys = [tuple(run.data.get(key) for key in ("validation_sha256", "tokenizer_sha256")) for run in runs]
+    if len(runs) == 1 or (None not in keys[0] and len(set(keys)) == 1):
+        return True, UNITS[0]
+    for run in runs:
+        if any(point.bits_per_byte is None for point in run.curve):
+            raise CompareError(
+                "the runs differ in validation text or tokenizer, so only bits per byte could compare them, and "
+                f"{run.name} has an evaluation without eval/bits_per_byte"
+            )
+    return False, UNITS[1]
+
+
+def _energy_comparable(runs: Sequence[Run]) -> bool:
+    """A total that joins scopes ("gpu+node") is comparable with nothing, not even with its like."""
+    scopes = {run.energy_scope for run in runs}
+    return all(run.measured for run in runs) and len(scopes) == 1 and "+" not in scopes.pop()
+
+
+def _run_json(entry: Entry, unit: str, axes: Sequence[str]) -> dict[str, Any]:
+    run, costs = entry.run, entry.crossing.costs
+
+    def at(axis: str) -> float | None:
+        return costs[axis].value if axis in costs and axis in axes else None
+
+    return {
+        "name": run.name,
+        "role": entry.role,
+        "parameters_total": run.parameters_total,
+        "parameters_active": run.parameters_active,
+        "flops_per_token": run.flops_per_token,
+        "tokens": run.tokens,
+        "tokens_processed": run.tokens_processed,
+        "device_hours": run.device_hours,
+        "useful_device_hours": run.useful_device_hours,
+        "energy_j": run.energy_j,
+        "energy_source": run.energy_source,
+        "energy_scope": run.energy_scope,
+        "energy_band_j": run.energy_band_j,
+        "coverage": run.coverage,
+        "hardware": run.hardware,
+        "eval_loss": scores(run, unit)[-1][0],
+        "at_loss": {
+            "loss": entry.crossing.loss,
+            "reached": entry.crossing.reached,
+            "tokens": at("tokens"),
+            "device_hours": at("device_hours"),
+            "energy_j": at("energy"),
+        },
+        "ratios": {axis: _ratio_json(ratio) for axis, ratio in entry.ratios.items()},
+    }
+
+
+def _ratio_json(ratio: Ratio) -> dict[str, Any]:
+    return {
+        **asdict(ratio.span),
+        "n": ratio.n,
+        "method": ratio.method,
+        "run": ratio.run,
+        "baseline": ratio.baseline,
+    }
