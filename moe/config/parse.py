@@ -12,10 +12,10 @@ __all__ = ["help_text", "parse_overrides"]
 
 
 def parse_overrides(recipe: Recipe, words: Sequence[str]) -> Recipe:
-    """The recipe with `words` applied; all are read before any is checked, so their order does not matter.
+    """The recipe with `words` applied; all are read before any is checked. Of a field given twice the last counts.
 
     Raises ConfigError for a word that is not `section.field=value`, an unknown name (the nearest one is suggested), a
-    value of the wrong type, a field given twice, or a resulting recipe that contradicts itself.
+    value of the wrong type, or a resulting recipe that contradicts itself.
     """
     sections = recipe.sections()
     changes: dict[str, dict[str, object]] = {}
@@ -33,9 +33,7 @@ def parse_overrides(recipe: Recipe, words: Sequence[str]) -> Recipe:
             elsewhere = [f"{name}.{field_name}" for name, section in sections.items() if hasattr(section, field_name)]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(field_name, known)
             raise ConfigError(f"{path}={text}: no field {field_name!r} in section {section_name!r}{hint}")
-        if field_name in changes.setdefault(section_name, {}):
-            raise ConfigError(f"{path} is given twice; keep one")
-        changes[section_name][field_name] = convert(path, text, hints[field_name])
+        changes.setdefault(section_name, {})[field_name] = convert(path, text, hints[field_name])
     replaced = {name: dataclasses.replace(sections[name], **values) for name, values in changes.items()}
     return dataclasses.replace(recipe, **replaced)  # type: ignore[arg-type]
 

@@ -139,8 +139,6 @@ class Recipe:
             self.balance.fail(
                 "method", "moves expert biases, which only model.topk_method=noaux_tc has; use that, or none"
             )
-        if self.optim.warmup_steps > self.train.max_steps:
-            self.optim.fail("warmup_steps", f"exceeds train.max_steps ({self.train.max_steps}): lower it")
 
     def sections(self) -> dict[str, Section]:
         """Section objects by the word before the dot."""

@@ -5,6 +5,7 @@ it starts several processes that each believe they are alone, without a word.
 """
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,14 +34,17 @@ class Engine:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # autocast is the loop's own: accelerate's would also copy every logit to fp32
         self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-        _check_processes()
+        _check_processes(self._accelerator)
         self._precision = train.precision
         self.device: torch.device = self._accelerator.device
         self.ranks = ranks.world_size()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model wrapped for several ranks."""
-        return self._accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; the name it offers instead is not known to torch 2.11
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            return self._accelerator.prepare_model(model)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the dtype of `train.precision`."""
@@ -79,10 +83,11 @@ def _check_engine() -> None:
             )
 
 
-def _check_processes() -> None:
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != ranks.world_size():
+def _check_processes(accelerator: Accelerator) -> None:
+    """Without a GPU, `accelerate launch --multi_gpu` makes a process group that accelerate then does not use."""
+    asked = max(int(os.environ.get("WORLD_SIZE", "1")), ranks.world_size())
+    if asked != accelerator.num_processes:
         raise ConfigError(
-            f"the launch started {asked} processes but {ranks.world_size()} train together: accelerate saw no GPU; "
+            f"the launch started {asked} processes but accelerate trains each of them alone: it saw no GPU; "
             "on a CPU machine set ACCELERATE_USE_CPU=true in front of accelerate launch --multi_gpu"
         )

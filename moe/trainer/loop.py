@@ -75,7 +75,7 @@ class Loop:
         train = self.recipe.train
         progress = tqdm(
             total=train.max_steps, initial=first, unit="step", desc=self.recipe.run.name,
-            disable=not ranks.is_first(), mininterval=0.5, dynamic_ncols=True,
+            disable=not ranks.is_first(), mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True,
         )  # fmt: skip
         step, reason, metrics = first, "complete", {}
         rate = _Rate(self.tokens_per_step, first)
@@ -176,7 +176,7 @@ class Loop:
             count=min(wanted, len(self.eval_sequences)),
             batch_size=self.micro_batch,
         )
-        # the row's clock, after the evaluation, is what `moe compare` looks up in the ledger: a loss costs its measuring
+        # the row's clock is what `moe compare` looks up in the ledger: a loss costs its measuring too
         self.tracking.log({"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics})
         return metrics
 
