@@ -3,7 +3,8 @@
 What the numbers mean
     energy         joules between the first and last valid reading of each segment, plus `unattributed`
     unattributed   joules lost with a killed process: its counter went on, in the same boot, until the next segment read
-                   it. At most one flush interval is billed; a longer gap is shared by time, for nobody knows more.
+                   it. At most one flush interval is billed; a longer gap is shared by time, for nobody knows more. Also
+                   what no mark gives to a phase
     device_hours   devices x time from the start of the process to the last ledger line, summed over segments
     useful         time (energy) of steps that survive in the final lineage: what a later segment redid is not useful.
                    None when the run never told its steps
@@ -166,13 +167,13 @@ def _fold(files: list[FileFold]) -> Fold:
     devices = _devices(files)
     summaries = [_summary(file, position) for file in files for position in range(len(file.segments))]
     energy_mj = sum(file.energy_mj for file in files)
-    unattributed_mj = sum(sum(f.unattributed_mj(i).values()) for f in files for i in range(len(f.segments)))
+    lost_mj = sum(sum(f.unattributed_mj(i).values()) for f in files for i in range(len(f.segments)))
     segments = [segment for file in files for segment in file.segments]
     by_source = {device.source: 0.0 for device in devices}
     for device in devices:
         by_source[device.source] += device.energy_j
-    if unattributed_mj:
-        by_source["counter"] += unattributed_mj / 1000
+    if lost_mj:
+        by_source["counter"] += lost_mj / 1000
     covered_ns = sum(line.track.covered_ns for segment in segments for line in segment.lines.values())
     device_ns = sum(len(segment.lines) * segment.elapsed_ns for segment in segments)
     total = Total(
@@ -181,9 +182,9 @@ def _fold(files: list[FileFold]) -> Fold:
         device_hours=device_ns / NS_PER_HOUR,
         useful_device_hours=None if useful_ns is None else useful_ns / NS_PER_HOUR,
         useful_energy_j=None if useful_ns is None else useful_mj / 1000,
-        band_j=sum(device.band_j for device in devices) + unattributed_mj / 1000,
+        band_j=sum(device.band_j for device in devices) + lost_mj / 1000,
         coverage=min(1.0, covered_ns / device_ns) if device_ns else 0.0,
-        unattributed_j=unattributed_mj / 1000,
+        unattributed_j=phases[UNATTRIBUTED].energy_j,
         scope="+".join(sorted({device.scope for device in devices})),
         source="+".join(sorted(by_source)),
         measured=all(is_measured(source) for source in by_source),

@@ -1,0 +1,317 @@
+"""Folding ledgers written by hand, whose totals are known to the millijoule."""
+
+import random
+import socket
+from pathlib import Path
+
+import pytest
+
+from moe.energy import fold_ledgers, footprint
+from moe.energy.ledger import LedgerWriter
+from moe.energy.timeline import apportion
+from moe.errors import ConfigError, LedgerError
+
+S = 10**9
+A, B = "GPU-a", "GPU-b"
+
+
+class Scribe:
+    """Writes one segment with times in seconds after boot."""
+
+    def __init__(self, path: Path, start_s: float, *, devices=(A,), source="counter", resumed=0, boot="boot-1") -> None:
+        self.writer = LedgerWriter(path)
+        described = [
+            {
+                "uuid": uuid,
+                "name": "fake",
+                "kind": "gpu",
+                "source": source,
+                "scope": "gpu",
+                "band": 0.05,
+                "tick_s": 0.1,
+                "p_max_w": 700.0,
+                "note": None,
+            }
+            for uuid in devices
+        ]
+        self.add(
+            "segment",
+            start_s,
+            boot_id=boot,
+            host=socket.gethostname(),
+            pid=1,
+            started_boottime_ns=round(start_s * S),
+            interval_s=1.0,
+            flush_s=5.0,
+            resumed_step=resumed,
+            resumed_tokens=0,
+            devices=described,
+        )
+
+    def add(self, kind: str, at_s: float, **fields) -> None:
+        self.writer.append(kind, at_ns=round(at_s * S), **fields)
+
+    def read(self, at_s: float, energy_mj: int, device: str = A) -> None:
+        self.add("reading", at_s, device=device, energy_mj=energy_mj)
+
+    def mark(self, at_s: float, step: int | None = None, **phase_s: float) -> None:
+        self.add("mark", at_s, phase="idle", step=step, tokens=None, phase_s=phase_s)
+
+    def end(self, at_s: float) -> None:
+        self.add("end", at_s, reason="stopped")
+        self.close()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+def test_apportion_gives_largest_remainders_first_and_loses_nothing():
+    """The docstring's four numbers, and sums that hold for any weights."""
+    assert apportion(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
+    assert apportion(7, {}) == {"unattributed": 7}
+    rng = random.Random(0)
+    for _ in range(200):
+        weights = {str(i): rng.randrange(1, 10**10) for i in range(rng.randrange(1, 8))}
+        total = rng.randrange(10**6)
+        parts = apportion(total, weights)
+        assert sum(parts.values()) == total
+        assert all(abs(parts[name] - total * w / sum(weights.values())) < 1 for name, w in weights.items())
+
+
+def test_phases_share_each_interval_by_time_and_sum_to_the_total(path):
+    """10 s at 100 W and 10 s at 300 W; the second half is half forward, half evaluation."""
+    scribe = Scribe(path, 100)
+    scribe.read(100, 7_000)
+    scribe.mark(110, 5, forward_backward=10.0)
+    scribe.read(110, 7_000 + 1_000_000)
+    scribe.mark(120, 8, forward_backward=5.0, evaluation=5.0)
+    scribe.read(120, 7_000 + 4_000_000)
+    scribe.end(120)
+    fold = fold_ledgers([path])
+    assert fold.total.energy_mj == 4_000_000
+    assert fold.phases["forward_backward"].energy_mj == 2_500_000
+    assert fold.phases["evaluation"].energy_mj == 1_500_000
+    assert fold.phases["forward_backward"].elapsed_s == 15
+    assert fold.phases["unattributed"].energy_mj == 0
+    assert fold.total.useful_energy_j == pytest.approx(2500)
+    assert fold.total.device_hours == 20 / 3600
+    assert fold.total.useful_device_hours == pytest.approx(15 / 3600)
+    assert fold.total.coverage == 1.0
+    assert (fold.total.source, fold.total.scope, fold.total.measured) == ("counter", "gpu", True)
+    assert fold.total.band_j == pytest.approx(0.05 * 4000 + 2 * 0.1 * 700)
+
+
+def test_uneven_numbers_sum_exactly_over_devices_and_phases(path):
+    """Random counters and phases at random moments: integers all the way."""
+    rng = random.Random(1)
+    scribe = Scribe(path, 0, devices=(A, B))
+    counters, at_s = {A: 123, B: 456}, 0.0
+    for device, energy_mj in counters.items():
+        scribe.read(at_s, energy_mj, device)
+    for step in range(300):
+        length_s = rng.uniform(0.3, 2.0)
+        at_s += length_s
+        cut = sorted(rng.uniform(0, length_s) for _ in range(2))
+        phases = {"data": cut[0], "forward_backward": cut[1] - cut[0], "optimizer": length_s - cut[1]}
+        scribe.mark(at_s - rng.uniform(0, 0.2), step, **phases)
+        for device in counters:
+            counters[device] += rng.randrange(1_000_000)
+            scribe.read(at_s, counters[device], device)
+    scribe.end(at_s)
+    fold = fold_ledgers([path])
+    truth_mj = counters[A] - 123 + counters[B] - 456
+    assert fold.total.energy_mj == truth_mj
+    assert sum(phase.energy_mj for phase in fold.phases.values()) == truth_mj
+    assert sum(round(device.energy_j * 1000) for device in fold.devices) == truth_mj
+
+
+def test_steps_that_a_resume_threw_away_are_not_useful(path):
+    """Killed at step 10, resumed from the checkpoint at 6: four steps' time was lost, all energy counts."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.mark(6, 6, forward_backward=6.0)
+    scribe.mark(10, 10, forward_backward=4.0)
+    scribe.read(10, 1_000_000)
+    scribe.close()
+    scribe = Scribe(path, 12, resumed=6)
+    scribe.read(12, 1_200_000)
+    scribe.mark(20, 14, forward_backward=7.0, checkpoint=1.0)
+    scribe.read(20, 2_000_000)
+    scribe.end(20)
+    fold = fold_ledgers([path])
+    assert fold.total.energy_mj == 2_000_000
+    assert fold.total.useful_device_hours == pytest.approx((6 + 7) / 3600)
+    assert fold.total.useful_energy_j == pytest.approx(600 + 700)
+    assert fold.total.device_hours == pytest.approx((10 + 8) / 3600)
+    assert fold.total.unattributed_j == 200
+    assert [segment.ended for segment in fold.segments] == ["lost", "end"]
+    assert fold.phases["unattributed"].energy_mj == 200_000
+
+
+def test_a_mark_across_the_cut_counts_in_proportion(path):
+    """Steps 1-10 in one mark, resumed from 6: six tenths of its step time survive."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.mark(10, 10, forward_backward=10.0)
+    scribe.read(10, 1_000_000)
+    scribe.end(10)
+    scribe = Scribe(path, 10, resumed=6)
+    scribe.end(10)
+    assert fold_ledgers([path]).total.useful_device_hours == pytest.approx(6 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "boot", "first_mj", "ended", "expected_mj"),
+    [
+        pytest.param(3, "boot-1", 1_300_000, False, 300_000, id="counter goes on"),
+        pytest.param(50, "boot-1", 6_000_000, False, 500_000, id="at most one flush interval of a long gap"),
+        pytest.param(3, "boot-2", 1_300_000, False, 0, id="a new boot is a reset"),
+        pytest.param(3, "boot-1", 900_000, False, 0, id="a counter below its last value is a reset"),
+        pytest.param(3, "boot-1", 1_300_000, True, 0, id="after a clean end nothing was lost"),
+    ],
+)
+def test_what_a_kill_loses_is_unattributed_only_when_the_counter_tells(path, gap_s, boot, first_mj, ended, expected_mj):
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.mark(10, forward_backward=10.0)
+    scribe.read(10, 1_000_000)
+    if ended:
+        scribe.end(10)
+    scribe.close()
+    scribe = Scribe(path, 10 + gap_s, boot=boot)
+    scribe.read(10 + gap_s, first_mj)
+    scribe.mark(20 + gap_s, forward_backward=10.0)
+    scribe.read(20 + gap_s, first_mj + 1_000)
+    scribe.end(20 + gap_s)
+    fold = fold_ledgers([path])
+    assert round(fold.total.unattributed_j * 1000) == expected_mj
+    assert fold.total.energy_mj == 1_000_000 + expected_mj + 1_000
+
+
+def test_a_reset_within_a_segment_is_a_hole_in_the_coverage(path):
+    """The interval across the reset is left out; nothing negative, nothing guessed."""
+    scribe = Scribe(path, 0)
+    for at_s, energy_mj in [(0, 5_000_000), (10, 6_000_000), (20, 100_000), (30, 1_100_000)]:
+        scribe.read(at_s, energy_mj)
+    scribe.end(30)
+    fold = fold_ledgers([path])
+    assert fold.total.energy_mj == 2_000_000
+    assert fold.total.coverage == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "energy_mj", "coverage"), [("counter", 3_000_000, 1.0), ("integrated", 2_000_000, 2 / 3)]
+)
+def test_failed_reads_cost_a_counter_nothing_and_an_integral_its_interval(path, source, energy_mj, coverage):
+    scribe = Scribe(path, 0, source=source)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.add("gap", 15, device=A, reason="lost", detail="GPU is lost")
+    scribe.read(20, 2_000_000)
+    scribe.read(30, 3_000_000)
+    scribe.end(30)
+    fold = fold_ledgers([path])
+    assert fold.total.energy_mj == energy_mj
+    assert fold.total.coverage == pytest.approx(coverage)
+
+
+def test_cost_of_a_moment_is_interpolated_and_cumulative(path):
+    """Half-way between readings half of the energy; earlier segments and lost joules included."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.close()
+    scribe = Scribe(path, 12, resumed=1)
+    scribe.read(12, 1_200_000)
+    scribe.read(22, 3_200_000)
+    scribe.end(22)
+    fold = fold_ledgers([path])
+    assert fold.at(0, 5 * S) == (500.0, 5 / 3600)
+    assert fold.at(1, 12 * S) == (1200.0, 10 / 3600)
+    assert fold.at(1, 17 * S) == pytest.approx((2200.0, 15 / 3600))
+    assert fold.at(1, 99 * S) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
+    with pytest.raises(LedgerError, match="segment 7"):
+        fold.at(7, 0)
+
+
+def test_nodes_add_up_each_on_its_own_clock(tmp_path, path):
+    """Two nodes booted at different times: the same moment, found through UTC."""
+    other = tmp_path / "ledger.node1.jsonl"
+    first, second = Scribe(path, 1000), Scribe(other, 5, devices=(B,), boot="boot-2")
+    for scribe, start_s, device in ((first, 1000, A), (second, 5, B)):
+        scribe.read(start_s, 0, device)
+        scribe.read(start_s + 10, 1_000_000, device)
+        scribe.end(start_s + 10)
+    fold = fold_ledgers([path, other])
+    assert fold.total.energy_mj == 2_000_000
+    assert fold.total.device_hours == pytest.approx(20 / 3600)
+    energy_j, hours = fold.at(0, 1005 * S)
+    assert energy_j == pytest.approx(1000, abs=5)  # the two segment lines were written milliseconds apart
+    assert hours == pytest.approx(10 / 3600, rel=0.005)
+
+
+def test_an_estimate_in_the_total_makes_it_unmeasured_and_says_so(path):
+    """A measured and an estimated segment: a sum per source, a headline that names both."""
+    for start_s, source, energy_mj in ((0, "counter", 1_000_000), (10, "estimate:tdp", 2_000_000)):
+        scribe = Scribe(path, start_s, source=source)
+        scribe.read(start_s, 0)
+        scribe.read(start_s + 10, energy_mj)
+        scribe.end(start_s + 10)
+    total = fold_ledgers([path]).total
+    assert total.energy_by_source_j == {"counter": 1000.0, "estimate:tdp": 2000.0}
+    assert (total.source, total.measured) == ("counter+estimate:tdp", False)
+    assert "energy is time x declared power" in fold_ledgers([path]).notes
+
+
+def test_a_run_that_read_nothing_has_no_energy_rather_than_zero(path):
+    scribe = Scribe(path, 0)
+    scribe.add("gap", 1, device=A, reason="lost", detail="GPU is lost")
+    scribe.end(10)
+    fold = fold_ledgers([path])
+    assert fold.total.energy_j is None
+    assert fold.at(0, 5 * S) == (None, 5 / 3600)
+    assert fold.total.device_hours == 10 / 3600
+    assert fold.total.coverage == 0.0
+
+
+def test_the_json_has_the_contracts_keys(path):
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.end(10)
+    report = fold_ledgers([path]).to_json()
+    assert list(report) == ["total", "devices", "phases", "footprint", "segments"]
+    needed = {"energy_j", "device_hours", "useful_device_hours", "band_j", "coverage", "unattributed_j", "scope"}
+    assert needed <= report["total"].keys()
+    assert {"uuid", "name", "source", "scope", "energy_j", "band_j", "coverage"} <= report["devices"][0].keys()
+    assert report["total"]["unattributed_j"] == 1000.0
+    assert report["phases"]["unattributed"] == {"energy_j": 1000.0, "elapsed_s": 0.0}
+
+
+def test_footprint_multiplies_what_is_given_and_leaves_out_the_rest():
+    """1 kWh x 1.25 x 400 g; no PUE means the metered scope; two costs that are not added."""
+    assert footprint(3.6e6, 2.0, "gpu") == {}
+    full = footprint(3.6e6, 2.0, "gpu", 1.25, 400.0, 0.2, 3.0)
+    assert full == {
+        "scope": "facility",
+        "energy_scope": "gpu",
+        "pue": 1.25,
+        "facility_kwh": 1.25,
+        "intensity_g_per_kwh": 400.0,
+        "carbon_g": 500.0,
+        "price_per_kwh": 0.2,
+        "cost_energy": 0.25,
+        "price_per_device_hour": 3.0,
+        "cost_devices": 6.0,
+    }
+    assert footprint(3.6e6, 2.0, "gpu", intensity_g_per_kwh=400.0)["scope"] == "gpu"
+    assert footprint(None, 2.0, "gpu", 1.25, 400.0) == {}
+    with pytest.raises(ConfigError, match=r"pue=0\.9 must be a number of at least 1"):
+        footprint(1.0, 1.0, "gpu", pue=0.9)
+    with pytest.raises(ConfigError, match="intensity_g_per_kwh=nan"):
+        footprint(1.0, 1.0, "gpu", intensity_g_per_kwh=float("nan"))

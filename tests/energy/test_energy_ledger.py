@@ -1,0 +1,166 @@
+"""The ledger file: its chain, its torn end, its lock, and a disk that is really full."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from moe.energy import EnergyMeter, fold_ledgers, read_ledger
+from moe.energy.ledger import LedgerWriter
+from moe.errors import LedgerError
+
+
+def write_run(path, **options) -> None:
+    with EnergyMeter(path, declared_power_w=100, interval_s=0.1, **options) as meter:
+        meter.phase("forward_backward")
+        time.sleep(0.25)
+
+
+def fill(path: Path) -> None:
+    """Write to a file until its file system has no room for another page."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(fd, bytes(4096))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def test_every_line_has_the_contracts_fields_in_time_order(tmp_path):
+    """v, kind, segment, seq, utc and boottime_ns on every line; seq counts on; kinds as promised."""
+    path = tmp_path / "ledger.jsonl"
+    write_run(path)
+    write_run(path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["seq"] for record in records] == list(range(len(records)))
+    assert {"segment", "reading", "mark", "end"} == {record["kind"] for record in records}
+    assert [record["segment"] for record in records if record["kind"] == "segment"] == [0, 1]
+    assert all(record["v"] == 1 and record["utc"].endswith("Z") for record in records)
+    header = records[0]
+    assert {"boot_id", "host", "pid", "devices"} <= header.keys()
+    assert {"uuid", "source", "scope", "band"} <= header["devices"][0].keys()
+    assert records[-1]["kind"] == "end"
+
+
+def test_an_altered_line_is_named_by_its_number(tmp_path):
+    """One digit of one reading changed: the fold refuses, and says which line."""
+    path = tmp_path / "ledger.jsonl"
+    write_run(path)
+    lines = path.read_text().splitlines(keepends=True)
+    number = next(n for n, line in enumerate(lines, 1) if n > 3 and '"reading"' in line)
+    lines[number - 1] = lines[number - 1].replace('"energy_mj":', '"energy_mj":1')
+    path.write_text("".join(lines))
+    with pytest.raises(LedgerError, match=rf"altered: line {number} does not match"):
+        fold_ledgers([path])
+    with pytest.raises(LedgerError, match=rf"line {number} "):
+        EnergyMeter(path, declared_power_w=100).start()
+
+
+def test_a_removed_or_broken_line_is_found(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    write_run(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3] + lines[4:]))
+    with pytest.raises(LedgerError, match="line 3 does not match the hash in line 4"):
+        fold_ledgers([path])
+    path.write_text("".join(lines[1:]))
+    with pytest.raises(LedgerError, match="line 1 is missing"):
+        fold_ledgers([path])
+    path.write_text("".join([*lines[:2], "nonsense\n", *lines[2:]]))
+    with pytest.raises(LedgerError, match="line 3 is not a ledger record"):
+        fold_ledgers([path])
+
+
+@pytest.mark.parametrize("tail", ['{"v":1,"kind":"read', "\0\0\0\0\0\0", "\0\0\0\n"], ids=["cut", "zeros", "zero line"])
+def test_a_torn_last_line_is_cut_off_and_reported(tmp_path, capsys, tail):
+    """What a power cut leaves does not stop the next segment, and no byte of it stays."""
+    path = tmp_path / "ledger.jsonl"
+    write_run(path)
+    whole = path.read_text()
+    path.write_text(whole + tail)
+    fold = fold_ledgers([path])
+    assert fold.notes[-1] == f"{path}: {len(tail)} bytes of a torn last line were left out"
+    write_run(path)
+    assert path.read_text().startswith(whole + '{"v":1,"kind":"segment"')
+    assert f"torn line of {len(tail)} bytes" in capsys.readouterr().err
+    headers = [record for record in read_ledger(path) if record["kind"] == "segment"]
+    assert headers[1]["torn_bytes"] == len(tail)
+
+
+def test_one_ledger_has_one_writer(tmp_path):
+    """A second meter, in this process or another, is refused in one sentence; the lock dies with its holder."""
+    path = tmp_path / "ledger.jsonl"
+    code = f"""
+        import time
+        from moe.energy import EnergyMeter
+        EnergyMeter({str(path)!r}, declared_power_w=1).start()
+        print("up", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "up\n"
+        with pytest.raises(LedgerError, match="is being written by another meter"):
+            EnergyMeter(path, declared_power_w=1).start()
+        other.kill()
+    with EnergyMeter(path, declared_power_w=1) as meter:
+        assert meter.segment == 1
+        with pytest.raises(LedgerError, match="is being written by another meter"):
+            EnergyMeter(path, declared_power_w=1).start()
+    with EnergyMeter(path, declared_power_w=1) as meter:
+        assert meter.segment == 2
+
+
+def test_a_full_disk_costs_no_line_once_there_is_room_again(full_disk, capsys):
+    """The write really fails: the run goes on, says so once, keeps the lines, writes them later, chain whole."""
+    path = full_disk / "ledger.jsonl"
+    ballast = full_disk / "ballast"
+    with EnergyMeter(path, declared_power_w=100, interval_s=0.1, flush_s=0.2) as meter:
+        fill(ballast)
+        for step in range(40):  # more than the rest of the ledger's last page can take
+            meter.flush(step=step, tokens=step)
+        refused = capsys.readouterr().err
+        assert refused.count("No space left on device") == 1
+        size = path.stat().st_size
+        time.sleep(0.3)
+        assert meter.snapshot().energy_j > 0
+        assert path.stat().st_size == size
+        ballast.unlink()
+        time.sleep(0.3)
+        assert "written again" in capsys.readouterr().err
+    steps = [record["step"] for record in read_ledger(path) if record["kind"] == "mark" and record["step"] is not None]
+    assert set(steps) == set(range(40))
+    assert fold_ledgers([path]).segments[0].ended == "end"
+
+
+def test_a_disk_that_stays_full_loses_lines_and_says_how_many(full_disk, capsys):
+    """What could not be written is counted; what was written still folds."""
+    path = full_disk / "ledger.jsonl"
+    with EnergyMeter(path, declared_power_w=100, interval_s=0.1, flush_s=0.2) as meter:
+        fill(full_disk / "ballast")
+        for step in range(40):
+            meter.flush(step=step)
+    assert "lost its last" in capsys.readouterr().err
+    assert fold_ledgers([path]).segments[0].ended == "lost"
+
+
+def test_an_unwritable_place_is_refused_at_the_start(tmp_path):
+    """Before the run, a wrong path is the user's to mend."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="cannot be made"):
+        EnergyMeter(tmp_path / "file" / "ledger.jsonl", declared_power_w=1).start()
+
+
+def test_a_writer_without_a_path_only_counts():
+    writer = LedgerWriter(None)
+    assert [writer.append("mark"), writer.append("mark")] == [0, 1]
+    writer.close()
