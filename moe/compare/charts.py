@@ -69,7 +69,8 @@ def _scale(comparison: "Comparison", axis: str) -> tuple[float, str]:
 
 def _traces(comparison: "Comparison", entry: "Entry", index: int, axis: str, scale: float) -> list[dict[str, Any]]:
     run = entry.run
-    name, colour = escape(run.name, quote=False), f"--s{index % SERIES}"
+    name = escape(run.name, quote=False).replace("%", "&#37;")  # % would begin a placeholder in a hover text
+    colour = f"--s{index % SERIES}"
     pairs = scores(run, comparison.unit)
     stored = {"tokens": "tokens", "device_hours": "device_hours", "energy": "energy_j"}[axis]
     x = [getattr(point, stored) * scale for point in run.curve]
