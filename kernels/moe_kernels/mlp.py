@@ -2,8 +2,8 @@
 
     h_r = x[token r] @ gate_up[e].T          (R, 2F): gate in the first F columns, up in the last F
     a_r = silu(gate) * up                    (R, F)
-    o_r = a_r @ down[e].T                    (R, D)
-    y_t = sum over the K rows r of t: w_r o_r
+    o_r = (w_r a_r) @ down[e].T              (R, D)
+    y_t = sum over the K rows r of t: o_r
 
 Backward, with dy the gradient of y and q_r = dy[token r] @ down[e]:
 
@@ -16,7 +16,7 @@ Between forward and backward only x, h and the index arrays are kept: a is compu
 Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
 
 Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
-y = 0.5*20 + 0.25*60 = 25.
+y = 10*(0.5*2) + 20*(0.25*3) = 25.
 """
 
 from typing import Any
@@ -94,8 +94,9 @@ def _forward(
     rows = x.index_select(0, order // top_k)
     h = gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend)
     del rows
-    out = gemm_forward(swiglu_forward(h, backend), down.to(x.dtype).contiguous(), offsets, backend)
-    return sum_slots(out, order, top_k, weight.float(), backend), h, order, offsets
+    wa = swiglu_forward(h, weight.float().flatten().index_select(0, order), backend)
+    out = gemm_forward(wa, down.to(x.dtype).contiguous(), offsets, backend)
+    return sum_slots(out, order, top_k, backend), h, order, offsets
 
 
 def _backward_parts(
@@ -127,7 +128,7 @@ def _backward_parts(
     d_x = x.new_empty(0)
     if need_x:
         d_rows = gemm_dgrad(dh, gate_up.to(x.dtype).contiguous(), offsets, backend)
-        d_x = sum_slots(d_rows, order, top_k, None, backend)
+        d_x = sum_slots(d_rows, order, top_k, backend)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 

@@ -71,13 +71,16 @@ def _sort(module: Any) -> Any:
     return module._sort_triton(torch.zeros(1024, 8, dtype=torch.int64), 256, None)
 
 
+def _swiglu(module: Any) -> Any:
+    return module._forward_triton(_rows(torch.bfloat16, 1536), torch.empty(4096))
+
+
 def _swiglu_backward(module: Any) -> Any:
     return module._backward_triton(_rows(torch.bfloat16, 768), _rows(torch.bfloat16, 1536), torch.empty(4096))
 
 
 def _combine(module: Any) -> Any:
-    place, w = torch.empty(4096, dtype=torch.int64), torch.empty(512, 8)
-    return module._sum_triton(_rows(torch.bfloat16, 2048), place, 8, w)
+    return module._sum_triton(_rows(torch.bfloat16, 2048), torch.empty(4096, dtype=torch.int64), 8)
 
 
 # name -> (file, kernel, launch)
@@ -92,7 +95,7 @@ CASES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "route-backward": ("routing_backward", "topk_route_backward_kernel", _route_backward),
     "histogram": ("dispatch", "expert_histogram_kernel", _sort),
     "scatter": ("dispatch", "scatter_rows_kernel", _sort),
-    "swiglu": ("swiglu", "swiglu_kernel", lambda module: module._forward_triton(_rows(torch.bfloat16, 1536))),
+    "swiglu": ("swiglu", "swiglu_kernel", _swiglu),
     "swiglu-backward": ("swiglu", "swiglu_backward_kernel", _swiglu_backward),
     "combine": ("combine", "sum_slots_kernel", _combine),
 }
