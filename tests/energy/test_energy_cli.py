@@ -1,0 +1,192 @@
+"""`moe energy run` and `moe energy report`, as processes on a fake node."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe.energy import fold_ledgers, read_ledger
+
+MOE = [sys.executable, "-m", "moe.cli", "energy"]
+
+
+@pytest.fixture
+def moe(tmp_path):
+    """Run `moe energy …` in an empty folder, without GPUs; returns the finished process."""
+
+    def call(*words: str, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*MOE, *words], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60, stdin=subprocess.DEVNULL
+        )
+
+    return call
+
+
+def ledger_of(folder: Path) -> Path:
+    (path,) = folder.glob("energy-runs/*/ledger.jsonl")
+    return path
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_the_commands_exit_code_and_output_come_back(moe, tmp_path, code):
+    """Standard output is the command's alone; the summary goes to stderr; the ledger has a place of its own."""
+    done = moe("run", "--", "sh", "-c", f"echo hello; exit {code}")
+    assert done.returncode == code
+    assert done.stdout == "hello\n"
+    assert "source estimate:tdp, scope node" in done.stderr
+    assert "energy is time x declared power" in done.stderr
+    fold = fold_ledgers([ledger_of(tmp_path)])
+    assert fold.segments[0].ended == "end"
+    assert fold.phases["command"].elapsed_s > 0
+
+
+def test_options_after_the_program_are_the_programs(moe):
+    """Without `--` too, everything from the program's name on is passed as it stands."""
+    done = moe("run", "--power", "50", "echo", "--out", "x", "--json")
+    assert (done.returncode, done.stdout) == (0, "--out x --json\n")
+    assert "source declared" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["no-such-program", "./notes.txt"])
+def test_a_program_that_cannot_run_is_one_sentence(moe, tmp_path, name):
+    """Exit code 2, no traceback, no ledger left behind."""
+    (tmp_path / "notes.txt").write_text("not executable")
+    done = moe("run", "--", name)
+    assert done.returncode == 2
+    assert done.stderr == f"moe: {name}: program not found, or not executable: check the name or give its path\n"
+    assert not (tmp_path / "energy-runs").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_reach_the_program(tmp_path, signum):
+    """The program's own handler runs and decides; the ledger is ended."""
+    code = f"""
+import signal, sys, time
+signal.signal({int(signum)}, lambda *_: sys.exit(33))
+print("up", flush=True)
+time.sleep(30)
+"""
+    command = [*MOE, "run", "--out", "r", "--", sys.executable, "-c", code]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **streams) as process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signum)
+        process.communicate(timeout=20)
+    assert process.returncode == 33
+    assert fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0].ended == "end"
+
+
+def test_a_program_killed_by_a_signal_gives_128_plus_n(moe, tmp_path):
+    done = moe("run", "--out", "r", "--", "sh", "-c", "kill -9 $$")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0].ended == "end"
+
+
+def test_killing_the_meter_itself_leaves_a_ledger_that_folds(node, gpu, tmp_path):
+    """SIGKILL to `moe energy run`: the lines written so far are whole, the segment is told as lost."""
+    command = [*MOE, "run", "--out", str(tmp_path / "r"), "--", "sleep", "3"]
+    with subprocess.Popen(command, env=node.env, stdin=subprocess.DEVNULL) as process:
+        time.sleep(2.6)
+        process.kill()
+    ledger = tmp_path / "r" / "ledger.jsonl"
+    fold = fold_ledgers([ledger])
+    assert fold.segments[0].ended == "lost"
+    known = [record for record in read_ledger(ledger) if record["kind"] == "reading"]
+    assert fold.total.energy_mj == known[-1]["energy_mj"] - known[0]["energy_mj"] >= 400_000
+
+
+def test_the_visible_gpus_are_metered_and_the_child_finds_the_ledger(node, gpu, tmp_path):
+    """Only the GPU CUDA_VISIBLE_DEVICES names is billed; 500 W for two seconds, to within two ticks."""
+    node.set(gpu, uuid="GPU-other", bus=9)
+    env = {**node.env, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [*MOE, "run", "--out", "r", "--", "sh", "-c", "echo $MOE_LEDGER; sleep 2"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / 'r' / 'ledger.jsonl'}\n"
+    assert "source counter, scope gpu" in done.stderr
+    assert "declared power" not in done.stderr
+    fold = fold_ledgers([tmp_path / "r" / "ledger.jsonl"])
+    assert [device.uuid for device in fold.devices] == [gpu.uuid]
+    metered_s = sum(phase.elapsed_s for name, phase in fold.phases.items() if name != "startup")
+    assert fold.total.energy_j == pytest.approx(500 * metered_s, abs=2 * 50)
+
+
+def test_devices_can_be_chosen(node, gpu, tmp_path):
+    """--devices takes UUID beginnings or `host`; one that names no GPU is an error."""
+    for selection, expected in (("GPU-aaaa", "source counter"), ("host", "source estimate:tdp")):
+        command = [*MOE, "run", "--devices", selection, "--", "true"]
+        done = subprocess.run(command, cwd=tmp_path, env=node.env, capture_output=True, text=True)
+        assert expected in done.stderr
+    command = [*MOE, "run", "--devices", "GPU-zzzz", "--", "true"]
+    done = subprocess.run(command, cwd=tmp_path, env=node.env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == ("moe: --devices GPU-zzzz names no GPU of this machine: see `nvidia-smi -L`, or say host\n")
+
+
+def test_the_report_as_json(moe, tmp_path):
+    """The contract's keys and nothing on stdout but JSON; factors only where given."""
+    moe("run", "--out", "r", "--power", "1000", "--", "sleep", "1")
+    report = json.loads(moe("report", "r", "--json").stdout)
+    assert list(report) == ["total", "devices", "phases", "footprint", "segments"]
+    assert report["footprint"] == {}
+    total = report["total"]
+    assert total["energy_j"] == pytest.approx(1000 * report["phases"]["command"]["elapsed_s"], rel=0.02)
+    assert sum(phase["energy_j"] for phase in report["phases"].values()) == pytest.approx(total["energy_j"], abs=1e-6)
+    priced = json.loads(moe("report", "r/ledger.jsonl", "--json", "--grid", "360", "--price-hour", "3600").stdout)
+    assert priced["footprint"]["carbon_g"] == pytest.approx(total["energy_j"] / 1e4)
+    assert priced["footprint"]["cost_devices"] == pytest.approx(total["device_hours"] * 3600)
+    assert "facility_kwh" not in priced["footprint"]
+
+
+def test_the_report_as_text_names_source_scope_and_band(moe):
+    """Every number with where it comes from; an estimate says the agreed words."""
+    moe("run", "--out", "r", "--", "true")
+    text = moe("report", "r", env={**os.environ, "COLUMNS": "160"}).stdout
+    for word in ("±", "estimate:tdp", "node", "coverage", "unattributed", "energy is time x declared power"):
+        assert word in text
+
+
+def test_a_run_directory_folds_all_its_nodes(moe, tmp_path):
+    """ledger.jsonl and ledger.nodeN.jsonl are one run."""
+    moe("run", "--out", "a", "--power", "100", "--", "sleep", "0.3")
+    moe("run", "--out", "b", "--power", "100", "--", "sleep", "0.3")
+    one = json.loads(moe("report", "a", "--json").stdout)["total"]["device_hours"]
+    (tmp_path / "b" / "ledger.jsonl").rename(tmp_path / "a" / "ledger.node1.jsonl")
+    both = json.loads(moe("report", "a", "--json").stdout)
+    assert both["total"]["device_hours"] > 1.5 * one
+    assert len(both["segments"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param(["nowhere"], "nowhere is neither a run directory nor a ledger file: check the path", id="nothing"),
+        pytest.param(["."], ". holds no ledger.jsonl: give the folder of a metered run", id="no ledger"),
+        pytest.param(["notes.txt"], "ledger notes.txt is empty: the run stopped before its first line", id="empty"),
+        pytest.param(
+            ["bad"], "ledger bad/ledger.jsonl line 1 is not a ledger record: restore it from a copy", id="bad"
+        ),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_one_sentence(moe, tmp_path, words, sentence):
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "ledger.jsonl").write_text("{}\n{}\n")
+    done = moe("report", *words)
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"moe: {sentence}\n", "")
+
+
+def test_the_command_line_starts_in_half_a_second(moe):
+    """The fastest of three starts: the machine may be busy, the program may not be slow."""
+    moe("run", "--out", "r", "--", "true")
+    for words in (["--help"], ["report", "r", "--json"]):
+        times = []
+        for _ in range(3):
+            start = time.monotonic()
+            moe(*words)
+            times.append(time.monotonic() - start)
+        assert min(times) < 0.5
