@@ -125,35 +125,24 @@ def _print_report(fold: "Fold", costs: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    def row(*words: str) -> list[Text]:
+        """Cells that are neither markup nor able to steer the terminal: a ledger may come from anywhere."""
+        return [Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in word)) for word in words]
+
     total = fold.total
     console = Console(highlight=False)
     table = Table("", "energy", "±", "source", "scope", "coverage")
-    table.add_row(
-        "total",
-        _joules(total.energy_j),
-        _joules(total.band_j),
-        total.source,
-        total.scope,
-        f"{total.coverage:.1%}",
-    )
-    for device in fold.devices:
-        values = (
-            _joules(device.energy_j),
-            _joules(device.band_j),
-            device.source,
-            device.scope,
-            f"{device.coverage:.1%}",
-        )
-        table.add_row(Text(f"{device.name} {device.uuid}"), *values)
+    for name, part in [("total", total), *((f"{device.name} {device.uuid}", device) for device in fold.devices)]:
+        numbers = (_joules(part.energy_j), _joules(part.band_j), part.source, part.scope, f"{part.coverage:.1%}")
+        table.add_row(*row(name, *numbers))
     console.print(table)
     phases = Table("phase", "energy", "time")
     for name, phase in fold.phases.items():
-        phases.add_row(Text(name), _joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s")
+        phases.add_row(*row(name, _joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s"))
     console.print(phases)
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
-    console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}", markup=False)
-    console.print(f"segments {len(fold.segments)}, unattributed {_joules(total.unattributed_j)}", markup=False)
-    for name, value in costs.items():
-        console.print(f"{name} {value if isinstance(value, str) else format(value, '.6g')}", markup=False)
-    for note in fold.notes:
-        console.print(note, markup=False)
+    lines = [f"device-hours {total.device_hours:.6g}, of them useful {useful}"]
+    lines += [f"segments {len(fold.segments)}, unattributed {_joules(total.unattributed_j)}"]
+    lines += [f"{name} {value if isinstance(value, str) else format(value, '.6g')}" for name, value in costs.items()]
+    for line in row(*lines, *fold.notes):
+        console.print(line)

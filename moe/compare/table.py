@@ -22,8 +22,8 @@ def build_table(comparison: "Comparison") -> Table:
     """One row a run: parameters, last evaluation, cost to the equal loss; below, the ratios. Names are never markup."""
     title = Text(f"Cost to reach {comparison.at_loss:.4g} {comparison.unit}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for heading in ("params", *HEADINGS[1:], *(AXES[axis] for axis in comparison.axes)):
+    table.add_column("run", overflow="fold", min_width=14)
+    for heading in ("params", "active", "last\nloss", *(AXES[axis] for axis in comparison.axes)):
         table.add_column(heading.replace("-", "-\n"), justify="right", no_wrap=True)
     for entry in comparison.entries:
         name = Text(entry.run.name)
@@ -31,7 +31,7 @@ def build_table(comparison: "Comparison") -> Table:
             name.append("\nbaseline", style="dim")
         spans = [entry.crossing.costs.get(axis) for axis in comparison.axes]
         costs = [
-            "not reached" if span is None else cost(axis, span.value)
+            "never" if span is None else cost(axis, span.value)
             for axis, span in zip(comparison.axes, spans, strict=True)
         ]
         table.add_row(name, *map(Text, (*facts(comparison, entry), *costs)))

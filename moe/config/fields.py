@@ -96,6 +96,8 @@ def convert(path: str, text: str, hint: Any) -> Any:
         parts = [part for part in arguments if part is not type(None)]
         return convert(path, text, parts[0])
     if origin is tuple:
+        if text.lower() == "none":
+            return ()
         return tuple(convert(path, part.strip(), arguments[0]) for part in text.split(",") if part.strip())
     if hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"

@@ -35,7 +35,8 @@ def dense_twin(config: ModelConfig, match: Literal["active", "total"]) -> ModelC
 def _grow(dense: ModelConfig, target: int) -> ModelConfig:
     """Scale depth, hidden size, heads and width of `dense` by one factor, so the parameters are nearest `target`.
 
-    Head widths and latent ranks stay; hidden size moves in whole heads so that any head layout stays valid.
+    Head widths and latent ranks stay; hidden size moves in whole heads so that any head layout stays valid. The SwiGLU
+    width then takes up what whole heads and whole layers left over.
     """
     unit = dense.hidden_size // dense.num_attention_heads
     best = dense
@@ -53,7 +54,9 @@ def _grow(dense: ModelConfig, target: int) -> ModelConfig:
             best = candidate
         if accounting.num_parameters(candidate) > target:
             break
-    return best
+    missing = target - accounting.num_parameters(best)
+    width = best.intermediate_size + missing / (3 * best.hidden_size * best.num_hidden_layers)
+    return best.replace(intermediate_size=_round(width, _WIDTH_MULTIPLE))
 
 
 def _round(value: float, multiple: int) -> int:

@@ -39,12 +39,18 @@ class FileFold:
 
     def feed(self, record: Record) -> None:
         """Take the next record in."""
-        if record["kind"] == "segment":
-            self.segments.append(Segment(record))
-        elif self.segments:
-            self.segments[-1].feed(record)
-        else:
+        if record["kind"] != "segment" and not self.segments:
             raise LedgerError(f"ledger {self.path} does not begin with a segment line: restore it from a copy")
+        try:
+            if record["kind"] == "segment":
+                self.segments.append(Segment(record))
+            else:
+                self.segments[-1].feed(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LedgerError(
+                f"ledger {self.path}: the {record['kind']} line with seq {record['seq']} is not as this program writes "
+                f"it ({type(error).__name__} {error}): restore it from a copy"
+            ) from None
 
     @classmethod
     def read(cls, path: Path) -> "FileFold":
@@ -277,7 +283,10 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
     for file in files:
         if file.torn_bytes:
             notes.append(f"{file.path}: {file.torn_bytes} bytes of a torn last line were left out")
-        for segment in file.segments:
+        for position, segment in enumerate(file.segments):
+            lost = position and file.segments[position - 1].end_reason is None
+            if lost and is_measured(total.source) and not file.unattributed_mj(position):
+                notes.append(f"what segment {segment.index - 1} used after its last reading is not known")
             if segment.header.get("second_reader"):
                 devices = ", ".join(segment.header["second_reader"])
                 notes.append(f"segment {segment.index}: another meter read {devices} at the same time")

@@ -8,7 +8,8 @@ segment  boot_id host pid started_boottime_ns interval_s flush_s resumed_step re
          torn_bytes (length of a torn last line that was cut off)
 reading  device energy_mj: the counter's own value, so that a difference of any two lines is energy
 mark     phase step tokens phase_s{}: seconds per phase since the mark before (the first: since started_boottime_ns)
-gap      device reason: joules between the readings around it are not known (reset), or a read failed (lost)
+gap      device reason detail: the counter fell or its boot ended, so the joules up to the next reading are not known
+         (reset; device null: a whole segment's end), or reads began to fail (lost)
 end      reason: the meter was stopped; a segment without one was lost
 
 `prev` of the first line is empty. The chain finds damage and edits; it is no signature.

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,16 @@ __all__ = ["METERED_BY", "EnergyMeter", "LedgerPosition", "Totals"]
 METERED_BY = "MOE_LEDGER"  # in the environment of a program that `moe energy run` meters: the ledger that bills it
 
 _startup_claimed = False  # the time before the first meter of a process is counted once
+_running_meters: "weakref.WeakSet[EnergyMeter]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child has no reader thread, and perhaps a lock held for ever: its copies of meters do nothing."""
+    for meter in _running_meters:
+        meter._running = False
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class LedgerPosition(TypedDict):
@@ -88,7 +99,8 @@ class EnergyMeter:
             raise ConfigError(f"flush_s={flush_s} is below interval_s={interval_s}: give at least the interval")
         self.path = None if ledger is None else Path(ledger)
         self._wanted = (devices, declared_power_w)
-        self._sources: Sequence[Source] = () if sources is None else sources
+        self._given_sources = sources
+        self._sources: Sequence[Source] = ()
         self._interval_s, self._flush_s = interval_s, flush_s
         self._resumed = (resumed_step, resumed_tokens)
         self._locks: list[Lock] = []
@@ -97,17 +109,15 @@ class EnergyMeter:
         self._base_scopes: set[str] = set()
         self._prior: FileFold | None = None
         self._marks_lock = threading.Lock()
-        self._pid = -1
         self._running = False
-        self._synced_ns = 0
-
-    # ---- life ----
+        self._start_ns = self._ended_ns = self._synced_ns = 0
+        self._writer = LedgerWriter(None)
+        self._reader = Reader((), interval_s, self._on_reading)
 
     def start(self) -> "EnergyMeter":
         """Open sensors and ledger, write the `segment` line and the first reading, start the reader thread."""
         if self._running:
             return self
-        self._pid = os.getpid()
         self._running = True
         try:
             self._open()
@@ -115,6 +125,7 @@ class EnergyMeter:
             self._running = False
             self._release()
             raise
+        _running_meters.add(self)
         atexit.register(self.stop)
         return self
 
@@ -126,8 +137,7 @@ class EnergyMeter:
             except OSError as error:
                 raise LedgerError(f"folder of ledger {self.path} cannot be made ({error.strerror})") from None
             self._locks.append(lock_ledger(self.path))
-        if not self._sources:
-            self._sources = select_sources(*self._wanted)
+        self._sources = select_sources(*self._wanted) if self._given_sources is None else self._given_sources
         self._prior = prior = FileFold(self.path)
         self._writer = LedgerWriter(self.path, on_record=self._see)
         self._reader = Reader(self._sources, self._interval_s, self._on_reading)
@@ -186,9 +196,10 @@ class EnergyMeter:
 
     def stop(self, reason: str = "stopped") -> None:
         """Take the last reading, write the `end` line, fsync. A second call, or one in a forked child, does nothing."""
-        if not self._running or os.getpid() != self._pid:
+        if not self._running:
             return
         self._running = False
+        _running_meters.discard(self)
         atexit.unregister(self.stop)
         answered = self._reader.stop()
         self._phases.cut()
@@ -196,10 +207,10 @@ class EnergyMeter:
         self._writer.append("end", reason=reason if answered else f"{reason}; the last read hung")
         self._writer.close()
         self._ended_ns = boottime_ns()
-        self._release()
+        self._release(close_sources=answered)
 
-    def _release(self) -> None:
-        for source in self._sources:
+    def _release(self, close_sources: bool = True) -> None:
+        for source in self._sources if close_sources else ():  # one that hangs in the driver would hang here too
             source.close()
         for lock in self._locks:
             lock.release()
@@ -212,8 +223,6 @@ class EnergyMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop("stopped" if kind is None else kind.__name__)
-
-    # ---- what the program tells ----
 
     def phase(self, name: str) -> None:
         """The program is now in this phase (data, forward_backward, optimizer, evaluation, checkpoint, idle)."""
@@ -229,7 +238,7 @@ class EnergyMeter:
         """Cut a mark exactly here, fsync, and return the ledger's position, to be stored with a checkpoint."""
         if step is not None:
             self.progress(step, tokens)
-        if self._running and os.getpid() == self._pid:
+        if self._running:
             self._phases.cut()
             self._write_marks()
             self._sync()
@@ -241,11 +250,9 @@ class EnergyMeter:
             raise SensorError(f"window {name!r} needs a running meter: call start() or use it as a context manager")
         return Window(name, self._reader.devices, self._reader.ask)
 
-    # ---- what the meter tells ----
-
     @property
     def segment(self) -> int:
-        """Index of this segment in the ledger, earlier processes' segments counted."""
+        """Index of this segment in the ledger, earlier processes' segments counted; known once started."""
         return self._writer.segment
 
     @property
@@ -269,8 +276,6 @@ class EnergyMeter:
             measured=all(is_measured(source) for source in sources),
         )
 
-    # ---- ledger ----
-
     def _see(self, record: Record) -> None:
         """Fold earlier segments, and this one up to its first reading, which tells what was lost between them."""
         if self._prior is not None:
@@ -286,7 +291,7 @@ class EnergyMeter:
         self._base_scopes = {device["scope"] for device in devices}
         lost_j = sum(prior.unattributed_mj(len(prior.segments) - 1).values()) / 1000
         if earlier and earlier[-1].end_reason is None and not lost_j:
-            self._writer.append("gap", device=None, reason="the segment before was lost, and what it used at its end")
+            self._writer.append("gap", device=None, reason="reset", detail="the segment before was lost with its end")
 
     def _on_reading(self, reading: Reading) -> None:
         """Write what the reader found (called in its thread): gaps, readings, and the time since the last mark."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, apply_rotary, rotary_tables
 
 __all__ = ["GroupedQueryAttention"]
@@ -49,8 +50,8 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
         self.o_proj = nn.Linear(q_width, hidden_size, bias=attention_bias)
         if qk_norm != "none":
-            self.q_norm = nn.RMSNorm(self.head_dim if qk_norm == "head" else q_width, eps=rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim if qk_norm == "head" else kv_width, eps=rms_norm_eps)
+            self.q_norm = RMSNorm(self.head_dim if qk_norm == "head" else q_width, eps=rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if qk_norm == "head" else kv_width, eps=rms_norm_eps)
 
     @property
     def rotary_dim(self) -> int:

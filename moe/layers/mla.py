@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, apply_rotary, rotary_tables
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -56,10 +57,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
-            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=rms_norm_eps)
             self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias)
-        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=rms_norm_eps)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
 
