@@ -1,5 +1,6 @@
 """The comparison of runs with baselines: unit, target loss, crossings, ratios, and everything as one JSON object."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.compare import sentences
-from moe.compare.equal_loss import AXES, UNITS, Crossing, Ratio, cheapest_ratio, cross, reachable, scores
+from moe.compare.equal_loss import AXES, UNITS, Crossing, Ratio, Side, cheapest_ratio, cross, reachable, scores
 from moe.compare.runs import Run, load_runs
 from moe.errors import CompareError
 
@@ -19,7 +20,10 @@ __all__ = ["Comparison", "Entry", "compare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One run in a comparison. `ratios` are the ladder's over this run's; a baseline has none."""
+    """One run in a comparison. `ratios` are the ladder's cost over this run's.
+
+    A baseline has none; of runs that differ in seed alone, which are compared by their medians, only the first has.
+    """
 
     run: Run
     role: str  # "run" or "baseline"
@@ -86,20 +90,32 @@ def compare(
     target = max(reachable(run, unit) for run in loaded) if at_loss is None else at_loss
     crossings = [cross(run, unit, target) for run in loaded]
     axes = tuple(axis for axis in AXES if axis != "energy" or _energy_comparable(loaded))
-    pairs = list(zip(loaded, crossings, strict=True))
-    ladder = pairs[len(runs) :]
+    ladder = list(_sides(loaded[len(runs) :], crossings[len(runs) :]).values())
+    sides = {side.runs[0].path: side for side in _sides(loaded[: len(runs)], crossings[: len(runs)]).values()}
     entries = []
-    for index, (run, crossing) in enumerate(pairs):
-        ratios: dict[str, Ratio] = {}
-        if index < len(runs):
-            found = {axis: cheapest_ratio(axis, (run, crossing), ladder) for axis in axes}
-            ratios = {axis: ratio for axis, ratio in found.items() if ratio is not None}
+    for index, (run, crossing) in enumerate(zip(loaded, crossings, strict=True)):
         role = "run" if index < len(runs) else "baseline"
+        side = sides.get(run.path)
+        found = {axis: cheapest_ratio(axis, side, ladder) for axis in axes} if side else {}
+        ratios = {axis: ratio for axis, ratio in found.items() if ratio is not None}
         entries.append(Entry(run=run, role=role, crossing=crossing, ratios=ratios))
     notes = sentences.notes(entries, target, unit, same_data, axes)
     return Comparison(
         entries=tuple(entries), at_loss=target, unit=unit, same_data=same_data, axes=axes, notes=tuple(notes)
     )
+
+
+def _sides(runs: Sequence[Run], crossings: Sequence[Crossing]) -> dict[str, Side]:
+    """Runs grouped with those that differ in seed (and name) and in nothing else; a repeated seed stands alone."""
+    sides: dict[str, Side] = {}
+    for run, crossing in zip(runs, crossings, strict=True):
+        recipe = {name: section for name, section in run.recipe.to_dict().items() if name != "run"}
+        key = json.dumps([recipe, dict(run.data), run.hardware], sort_keys=True)
+        before = sides.get(key, Side((), ()))
+        if run.recipe.run.seed in [other.recipe.run.seed for other in before.runs]:
+            key, before = str(run.path), Side((), ())
+        sides[key] = Side((*before.runs, run), (*before.crossings, crossing))
+    return sides
 
 
 def _unit(runs: Sequence[Run]) -> tuple[bool, str]:

@@ -39,7 +39,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
             f"{model.n_routed_experts} routed, {model.num_experts_per_tok} chosen, {model.n_shared_experts} shared",
         )
     yield "Training FLOPs per token", number(run.flops_per_token)
-    yield "Sequence, batch", f"{train.seq_len} tokens, {train.global_batch_size} sequences"
+    yield "Sequence", f"{train.seq_len} tokens"
+    yield "Batch", f"{train.global_batch_size} sequences"
     yield "Seed", str(run.recipe.run.seed)
     yield "Tokens", number(run.tokens)
     if run.tokens_processed > run.tokens:

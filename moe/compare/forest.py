@@ -39,13 +39,14 @@ def _row(axis: str, ratio: Ratio, limit: float, several: bool) -> str:
     span = ratio.span
     low = _place(span.low, limit) if span.low > 0 else 0.0
     high = _place(span.high, limit) if span.high is not None else 100.0
+    fade = (" fades-low" if span.low <= 0 else "") + (" fades-high" if span.high is None else "")
     against = (f"{escape(ratio.run)} " if several else "") + f"against {escape(ratio.baseline)}"
     interval = span_text(span.low, span.high)
     label = f"{AXES[axis]}: {span.value:.2f}, interval {interval}"
     return (
         f'<div class="ratio"><div><h3>{AXES[axis].capitalize()}</h3><span class="against">{against}</span></div>'
         f'<div class="track" role="img" aria-label="{label}"><i class="one" style="left:50%"></i>'
-        f'<i class="reach" style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
+        f'<i class="reach{fade}" style="left:{low:.2f}%;width:{high - low:.2f}%"></i>'
         f'<i class="dot" style="left:{_place(span.value, limit):.2f}%"></i></div>'
         f'<div class="value">{span.value:.2f}&times;<small>{interval}</small></div></div>'
     )

@@ -6,6 +6,7 @@ cannot appear, so that no text can end its element. A content security policy fo
 
 import json
 import os
+import re
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -82,6 +83,8 @@ def _headline(comparison: "Comparison") -> str:
     if ratio is None:
         return f"What it cost to reach {at}"
     winner, loser, span = sentences.cheaper(ratio)
+    if sentences.includes_one(span):
+        return f"{winner} and {loser} cannot be told apart by their device-hours to {at}"
     return f"{winner} reached {at} with {span.value:.2f}x the device-hours of {loser}"
 
 
@@ -90,9 +93,11 @@ def _lede(comparison: "Comparison") -> str:
     ratio = comparison.ratios.get("device_hours")
     if ratio is None:
         return said
-    span = sentences.cheaper(ratio)[2]
-    doubt = ", which includes 1 and so does not tell the two apart" if sentences.includes_one(span) else ""
-    return f"The interval is {sentences.span_text(span.low, span.high)}, from one run a side{doubt}. {said}"
+    winner, loser, span = sentences.cheaper(ratio)
+    runs = "one run" if ratio.n == 1 else f"{ratio.n} runs"
+    share = f"{winner} took {span.value:.2f}x the device-hours of {loser}" if sentences.includes_one(span) else ""
+    interval = f"interval {sentences.span_text(span.low, span.high)}, {runs} a side"
+    return f"{share}, {interval}. {said}" if share else f"{interval.capitalize()}. {said}"
 
 
 def _charts(comparison: "Comparison") -> str:
@@ -147,16 +152,14 @@ def _cost(axis: str, span: Span | None) -> str:
 
 def _notes(comparison: "Comparison") -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
-    methods = dict.fromkeys(
-        ratio.method.removeprefix(METHOD).strip() for entry in comparison.entries for ratio in entry.ratios.values()
-    )
-    method = "".join(f'<p class="hint">{escape(text)}</p>' for text in (METHOD, *methods) if text)
+    said = [METHOD, *(ratio.method for entry in comparison.entries for ratio in entry.ratios.values())]
+    method = " ".join(dict.fromkeys(sentence for text in said for sentence in re.split(r"(?<=[.]) ", text)))
     data = escape(json.dumps(comparison.to_json(), indent=2, allow_nan=False))
     return f"""<section>
 <h2>What this says, and what it does not</h2>
 <ul class="notes">{items}</ul>
 <h3>Method</h3>
-{method}
+<p class="hint">{escape(method)}</p>
 <details><summary>The comparison as JSON</summary><pre class="card" tabindex="0">{data}</pre></details>
 </section>"""
 

@@ -45,6 +45,9 @@ h3 { margin: 0; font-size: 15px; font-weight: 620; }
 .track i { position: absolute; display: block; }
 .track .one { top: -9px; bottom: -9px; width: 0; border-left: 1px dashed var(--muted); }
 .track .reach { top: 13px; height: 8px; border-radius: 4px; background: var(--s0-soft); border: 1px solid var(--s0); }
+.track .fades-high { border-right: 0; border-radius: 4px 0 0 4px; mask: linear-gradient(90deg, #000 40%, transparent); }
+.track .fades-low { border-left: 0; border-radius: 0 4px 4px 0; mask: linear-gradient(270deg, #000 40%, transparent); }
+.track .fades-low.fades-high { mask: linear-gradient(90deg, transparent, #000 30% 70%, transparent); }
 .track .dot { top: 9px; width: 16px; height: 16px; margin-left: -8px; border-radius: 50%; background: var(--s0);
   border: 3px solid var(--card); }
 .ends { display: grid; grid-template-columns: 150px 1fr 190px; gap: 20px; color: var(--muted); font-size: 13px; }

@@ -32,8 +32,8 @@ def test_a_baseline_that_never_reached_the_loss_is_off_the_ladder(ladder):
 
 
 def test_interval_is_the_envelopes(ladder):
-    """MoE between 1 and 2 evaluations; small between 1 and 2 (exactly at 2), large between 1 and 2."""
-    span = compare(ladder[:1], ladder[1:], at_loss=3.8).ratios["tokens"].span
+    """At 3.5 the small model crosses between evaluations 2 and 3, the other two between 1 and 2."""
+    span = compare(ladder[:1], ladder[1:], at_loss=3.5).ratios["tokens"].span
     assert (span.low, span.high) == (1 / 2, 2 / 1)
 
 
