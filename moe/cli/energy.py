@@ -132,7 +132,9 @@ def _print_report(fold: "Fold", costs: dict[str, Any]) -> None:
     total = fold.total
     console = Console(highlight=False)
     table = Table("", "energy", "±", "source", "scope", "coverage")
-    for name, part in [("total", total), *((f"{device.name} {device.uuid}", device) for device in fold.devices)]:
+    parts: list[tuple[str, Any]] = [("total", total)]
+    parts += [(f"{device.name} {device.uuid}", device) for device in fold.devices]
+    for name, part in parts:
         numbers = (_joules(part.energy_j), _joules(part.band_j), part.source, part.scope, f"{part.coverage:.1%}")
         table.add_row(*row(name, *numbers))
     console.print(table)

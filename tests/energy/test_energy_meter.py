@@ -388,3 +388,40 @@ def test_energy_imports_no_torch_and_little_else():
     """The meter and its command line start without torch, numpy or rich."""
     code = "import sys, moe.energy, moe.cli.energy; print({'torch', 'numpy', 'rich', 'pynvml'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "low_s", "high_s"),
+    [
+        pytest.param({}, 0.5, 5, id="since the process started"),
+        pytest.param({"SLURM_STEP_ID": "0"}, 99, 105, id="since the job started, in its first step"),
+        pytest.param({"SLURM_STEP_ID": "1"}, 0.5, 5, id="not in a later step, which others held"),
+    ],
+)
+def test_device_time_begins_before_the_meter(node, tmp_path, env, low_s, high_s):
+    """Imports and, where the scheduler tells, its own start-up are device time; a second meter does not count them."""
+    code = f"""
+        import time
+        time.sleep(0.5)
+        from moe.energy import EnergyMeter
+        for name in "ab":
+            with EnergyMeter({str(tmp_path)!r} + "/" + name, declared_power_w=10):
+                pass
+    """
+    node.run(code, SLURM_JOB_START_TIME=str(int(time.time()) - 100), **env)
+    first, second = fold_ledgers([tmp_path / "a"]), fold_ledgers([tmp_path / "b"])
+    assert low_s < first.phases["startup"].elapsed_s < high_s
+    assert first.total.device_hours * 3600 > low_s
+    assert first.total.coverage < 0.2
+    assert second.total.device_hours * 3600 < 0.3
+
+
+def test_a_meter_can_be_asked_before_it_starts_and_started_again(tmp_path):
+    """Nothing read is None, not zero; a second start is a new segment."""
+    meter = EnergyMeter(tmp_path / "ledger.jsonl", declared_power_w=10)
+    assert meter.snapshot().energy_j is None
+    assert meter.snapshot().total_kwh is None
+    for segment in (0, 1):
+        with meter:
+            assert meter.segment == segment
+    assert meter.snapshot().energy_j == fold_ledgers([tmp_path / "ledger.jsonl"]).total.energy_j
