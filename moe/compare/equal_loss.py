@@ -121,6 +121,12 @@ def reachable(run: Run, unit: str) -> float:
     return min(loss + _Z * error for loss, error in scores(run, unit))
 
 
+def first_may_reach(run: Run, unit: str, loss: float) -> bool:
+    """Whether the first evaluation may be at `loss` already, its standard error considered."""
+    value, error = scores(run, unit)[0]
+    return value - _Z * error <= loss
+
+
 def cross(run: Run, unit: str, loss: float) -> Crossing:
     """The cost at which `run` first reached `loss`, on each of the axes its evaluations are priced on."""
     curve = scores(run, unit)

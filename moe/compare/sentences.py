@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe.compare.equal_loss import AXES, Ratio, Span, scores
+from moe.compare.equal_loss import AXES, Ratio, Span, first_may_reach, scores
 
 if TYPE_CHECKING:
     from moe.compare.comparison import Entry
@@ -28,18 +28,16 @@ def notes(entries: "Sequence[Entry]", loss: float, unit: str, same_data: bool, a
             said.append(
                 f"{entry.run.name} never reached {at}; its best evaluation is {best:.4g}, and nothing is extrapolated."
             )
-        elif entry.crossing.costs["tokens"].low <= 0:
+        elif first_may_reach(entry.run, unit, loss):
             said.append(
-                f"The first evaluation of {entry.run.name} may already be at {at}; its cost there is an upper bound."
+                f"The first evaluation of {entry.run.name} may already be at {at}; nothing bounds its cost from below."
             )
     if all(entry.role == "run" for entry in entries):
         said.append("No baseline was given, so there are no ratios; name one with --baseline RUN.")
     elif not any(entry.crossing.reached for entry in entries if entry.role == "baseline"):
         said.append(f"No baseline reached {at}, so there is no ratio at this loss.")
     if any(ratio.span.high is None or ratio.span.low <= 0 for entry in entries for ratio in entry.ratios.values()):
-        said.append(
-            "An interval is open where the standard error of the evaluations allows that the loss was never reached."
-        )
+        said.append("An interval is open where no evaluation bounds it.")
     return said + _data(entries, unit, same_data) + _meters(entries, axes)
 
 

@@ -100,7 +100,20 @@ def test_first_evaluation_below_the_loss_is_an_upper_bound(pair):
     comparison = compare([pair[0]], at_loss=4.5)
     span = comparison.entries[0].crossing.costs["tokens"]
     assert (span.value, span.low, span.high) == (1280, 0, 1280)
-    assert any("upper bound" in note for note in comparison.notes)
+    assert any("nothing bounds its cost from below" in note for note in comparison.notes)
+
+
+def test_an_evaluation_before_the_first_step_bounds_the_cost_from_below(make_run, steps):
+    """A crossing between tokens 0 and 1280: its cost may be near nothing, so the ratio's upper end is open."""
+    moe = make_run("moe", [(0, 5.0), *steps(3, 2)])
+    dense = make_run("dense", [(0, 5.0), *steps(4, 3)])
+    comparison = compare([moe], [dense], at_loss=3.5)
+    span = comparison.entries[0].crossing.costs["tokens"]
+    assert (span.value, span.low, span.high) == (0.75 * 1280, 0, 1280)
+    ratio = comparison.ratios["tokens"].span
+    assert (ratio.value, ratio.low, ratio.high) == (1.5 / 0.75, 1, None)
+    assert "An interval is open where no evaluation bounds it." in comparison.notes
+    assert not any("from below" in note for note in comparison.notes)
 
 
 def test_first_crossing_counts_even_when_the_loss_rises_again(make_run, steps):
