@@ -20,12 +20,12 @@ class _LadderCommand(TyperCommand):
             if word == "--":
                 words += args[index:]
                 break
-            if ladder and not word.startswith("-"):
-                words.append("--baseline" if words[-1] != "--baseline" else "")
-            elif word.startswith("-"):
+            if word.startswith("-"):
                 ladder = word == "--baseline"
+            elif ladder and words[-1] != "--baseline":
+                words.append("--baseline")
             words.append(word)
-        return super().parse_args(ctx, [word for word in words if word])
+        return super().parse_args(ctx, words)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

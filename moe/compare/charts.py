@@ -27,7 +27,7 @@ _SCALES = {
 
 
 def figures(comparison: "Comparison") -> list[dict[str, Any]]:
-    """One figure per cost axis: `{"axis", "title", "data", "layout"}`."""
+    """One figure per cost axis: `{"axis", "data", "layout"}`."""
     return [_figure(comparison, axis) for axis in comparison.axes]
 
 
@@ -54,7 +54,7 @@ def _figure(comparison: "Comparison", axis: str) -> dict[str, Any]:
         "shapes": [at_loss | {"line": line}],
         "annotations": [label],
     }
-    return {"axis": axis, "title": f"Loss against {AXES[axis]}", "data": data, "layout": layout}
+    return {"axis": axis, "data": data, "layout": layout}
 
 
 def _scale(comparison: "Comparison", axis: str) -> tuple[float, str]:
