@@ -3,7 +3,7 @@
     python kernels/benchmarks/bench_expert_mlp.py [--device cpu|cuda] [--case NAME …] [--repeats N]
 
 Correctness comes first: values and gradients of every contender are compared with fp32 and the run stops when one is
-wrong. Contenders are interleaved and the best time of each is reported, because noise only adds; one JSON object a line.
+wrong. Contenders are interleaved and the best time of each is reported, for noise only adds; one JSON object a line.
 ratio > 1 means ours is faster; floor_fraction is the time the same FLOPs take as one large matrix product, measured in
 the same rounds, over ours. The dense MLP is K * F wide: the FLOPs of the active experts without routing.
 """

@@ -130,13 +130,16 @@ def test_from_logits_to_gradients(place: Any, leaf: Callable[..., Tensor]) -> No
     place.agree("d_logits", truth.grad, logits.grad, 1e-4 if place.dtype == torch.float32 else 0.1)
 
 
-def test_autocast_keeps_fp32_masters(on_cpu: Any) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_keeps_fp32_masters(device: str) -> None:
     """Under autocast the result is bf16, equal to casting by hand, and gradients are fp32."""
-    x = torch.randn(9, 16, requires_grad=True)
-    gate_up, down = torch.randn(4, 16, 16, requires_grad=True), torch.randn(4, 16, 8, requires_grad=True)
-    index, weight = torch.rand(9, 4).argsort(-1)[:, :2], torch.rand(9, 2, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = expert_mlp(x, gate_up, down, index, weight, backend=on_cpu.backend)
+    x = torch.randn(9, 16, device=device, requires_grad=True)
+    gate_up = torch.randn(4, 16, 16, device=device, requires_grad=True)
+    down = torch.randn(4, 16, 8, device=device, requires_grad=True)
+    index = torch.rand(9, 4, device=device).argsort(-1)[:, :2]
+    weight = torch.rand(9, 2, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = expert_mlp(x, gate_up, down, index, weight)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     assert {t.grad.dtype for t in (x, gate_up, down, weight)} == {torch.float32}
