@@ -14,8 +14,9 @@ ledger -> totals -> footprint. Knows no model and imports no torch.
 from moe.energy.fold import Fold, fold_ledgers
 from moe.energy.footprint import footprint
 from moe.energy.ledger import read_ledger
-from moe.energy.meter import METERED_BY, EnergyMeter, LedgerPosition, Totals
+from moe.energy.meter import METERED_BY, EnergyMeter
 from moe.energy.sources import Device, Source, VisibleGpu, select_sources, visible_gpus
+from moe.energy.totals import LedgerPosition, Totals
 from moe.energy.window import Window
 
 __all__ = [

@@ -7,10 +7,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any
 
 from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns
 from moe.energy.fold import NS_PER_HOUR, FileFold, device_hours_of
@@ -20,10 +19,11 @@ from moe.energy.phases import PhaseClock
 from moe.energy.reader import Reader, Reading
 from moe.energy.sources import Source, is_measured, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
+from moe.energy.totals import LedgerPosition, Totals
 from moe.energy.window import Window
 from moe.errors import ConfigError, LedgerError, SensorError
 
-__all__ = ["METERED_BY", "EnergyMeter", "LedgerPosition", "Totals"]
+__all__ = ["METERED_BY", "EnergyMeter"]
 
 METERED_BY = "MOE_LEDGER"  # in the environment of a program that `moe energy run` meters: the ledger that bills it
 
@@ -40,36 +40,13 @@ def _let_go_in_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-class LedgerPosition(TypedDict):
-    """Where a ledger stood; stored in checkpoints."""
-
-    segment: int
-    seq: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Totals:
-    """What the run cost so far, earlier segments included. `energy_j` is None when nothing could be read yet."""
-
-    energy_j: float | None
-    device_hours: float
-    power_w: float | None
-    source: str
-    scope: str
-    measured: bool
-
-    @property
-    def total_kwh(self) -> float | None:
-        return None if self.energy_j is None else self.energy_j / 3.6e6
-
-
 class EnergyMeter:
     """Meters this process's devices from `start` to `stop`, or over a with block.
 
     ledger            file to append to (a new segment of it); None keeps everything in memory
     devices           GPU UUIDs; None or [] is this host's processors (RAPL, else an estimate)
     declared_power_w  watts per device: replaces every sensor, and the source says `declared`
-    interval_s        between readings (a tenth of a second or more)
+    interval_s        between readings; a GPU's counter moves every 0.1 s
     flush_s           between fsyncs: what a power cut may cost
     resumed_step, resumed_tokens  where the lineage stands as this segment begins
     sources           sensors of one's own, instead of `devices`
@@ -93,8 +70,8 @@ class EnergyMeter:
         resumed_tokens: int = 0,
         sources: Sequence[Source] | None = None,
     ) -> None:
-        if not interval_s >= 0.1:
-            raise ConfigError(f"interval_s={interval_s} is below the tick of a GPU's counter: give at least 0.1")
+        if not interval_s >= 0.01:
+            raise ConfigError(f"interval_s={interval_s} would load the driver with reads: give at least 0.01")
         if not flush_s >= interval_s:
             raise ConfigError(f"flush_s={flush_s} is below interval_s={interval_s}: give at least the interval")
         self.path = None if ledger is None else Path(ledger)

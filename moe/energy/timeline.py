@@ -174,7 +174,8 @@ class Segment:
     def _weights(self, first_span: int, start_ns: int, end_ns: int, last_step: int) -> tuple[dict[str, int], float]:
         weights: dict[str, int] = {}
         useful = 0.0
-        for span in self.spans[first_span:]:
+        for position in range(first_span, len(self.spans)):  # no slice: it would copy the rest of the run each time
+            span = self.spans[position]
             if span.start_ns >= end_ns:
                 break
             length_ns = span.end_ns - span.start_ns

@@ -1,8 +1,9 @@
-"""The records a fold returns: the run, its devices, phases and segments. Joules and seconds, SI throughout."""
+"""The records the meter and the fold return: the run, its devices, phases and segments, in joules and seconds."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
-__all__ = ["DeviceTotal", "PhaseTotal", "SegmentSummary", "Total"]
+__all__ = ["DeviceTotal", "LedgerPosition", "PhaseTotal", "SegmentSummary", "Total", "Totals"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +69,26 @@ class SegmentSummary:
     end_reason: str | None
     metered_by: str | None
     second_reader: list[str]
+
+
+class LedgerPosition(TypedDict):
+    """Where a ledger stood; stored in checkpoints."""
+
+    segment: int
+    seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What the run cost so far, earlier segments included. `energy_j` is None when nothing could be read yet."""
+
+    energy_j: float | None
+    device_hours: float
+    power_w: float | None
+    source: str
+    scope: str
+    measured: bool
+
+    @property
+    def total_kwh(self) -> float | None:
+        return None if self.energy_j is None else self.energy_j / 3.6e6

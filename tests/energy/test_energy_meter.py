@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -114,31 +115,36 @@ def test_a_live_meter_knows_the_earlier_segments(node, gpu, tmp_path):
     assert device_hours == pytest.approx(total.device_hours, abs=0.01 / 3600)
 
 
-@pytest.mark.parametrize("seconds", [0.7, 3.0])
-def test_a_steady_window_is_exact_to_two_percent(node, gpu, seconds):
-    """500 W under 100 ms ticks: plain reads could be 0.2 s off; the found ticks are not. The block does not wait."""
+@pytest.mark.parametrize(("seconds", "times", "within"), [(0.65, 3, 0.02), (3.05, 1, 0.01)])
+def test_a_steady_window_is_exact_beyond_the_tick(node, gpu, seconds, times, within):
+    """500 W under 100 ms ticks, lengths half a tick off: plain reads would be 7.7 % and 1.6 % wrong, always."""
     out = node.run(
         f"""
         import json, time
         from moe.energy import EnergyMeter
         with EnergyMeter(None, [{gpu.uuid!r}]) as meter:
-            time.sleep(0.33)
-            before = time.monotonic()
-            with meter.window("work") as window:
-                entered = time.monotonic()
-                time.sleep({seconds})
-                leaving = time.monotonic()
-            left = time.monotonic()
-            print(json.dumps([entered - before, left - leaving, window.energy_j, window.elapsed_s, window.source,
-                              window.scope, window.coverage, window.band_j]))
+            for _ in range({times}):
+                time.sleep(0.23)
+                before = time.monotonic()
+                with meter.window("work") as window:
+                    entered = time.monotonic()
+                    time.sleep({seconds})
+                    leaving = time.monotonic()
+                left = time.monotonic()
+                print(json.dumps([entered - before + left - leaving, window.energy_j, window.elapsed_s, window.source,
+                                  window.scope, window.coverage, window.band_j]))
         """
     )
-    enter_s, leave_s, energy_j, elapsed_s, source, scope, coverage, band_j = json.loads(out)
-    assert energy_j == pytest.approx(500 * elapsed_s, rel=0.02)
-    assert max(enter_s, leave_s) < 0.05  # a burst takes up to 0.1 s, and runs elsewhere
-    assert (source, scope) == ("counter", "gpu")
-    assert coverage > 0.95
-    assert 0.05 * energy_j < band_j <= 0.05 * energy_j + 2 * 0.1 * 500 + 1
+    errors, waits_s = [], []
+    for line in out.splitlines():
+        wait_s, energy_j, elapsed_s, source, scope, coverage, band_j = json.loads(line)
+        errors.append(abs(energy_j / (500 * elapsed_s) - 1))
+        waits_s.append(wait_s)
+        assert (source, scope) == ("counter", "gpu")
+        assert coverage > 0.95
+        assert 0.05 * energy_j < band_j <= 0.05 * energy_j + 2 * 0.1 * 500 + 1
+    assert median(errors) < within  # the median: a busy machine may hold the reader up once
+    assert median(waits_s) < 0.05  # a burst takes up to 0.1 s, and runs elsewhere
 
 
 def test_a_window_on_a_bursty_load_is_within_what_its_band_says(node, gpu):
@@ -371,8 +377,8 @@ def test_a_metered_child_says_who_bills_it(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_refused_with_value_and_mend():
-    with pytest.raises(ConfigError, match=r"interval_s=0\.01 .* at least 0\.1"):
-        EnergyMeter(interval_s=0.01)
+    with pytest.raises(ConfigError, match=r"interval_s=0\.001 .* at least 0\.01"):
+        EnergyMeter(interval_s=0.001)
     with pytest.raises(ConfigError, match=r"flush_s=0\.5 .* interval_s=1\.0"):
         EnergyMeter(flush_s=0.5)
     with pytest.raises(ConfigError, match="declared power -3 W"):
