@@ -112,6 +112,12 @@ class FakeNode:
         return out
 
 
+@pytest.fixture(autouse=True)
+def own_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device locks are per machine: tests of several people on one machine must not see each other's."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled fake library."""
