@@ -5,10 +5,13 @@ A module resolves its backend once, when it is built, and hands the name to ever
     backend = resolve(None, torch.device("cuda"))   # "triton" on a GPU of compute capability 8.0 or newer
     y = expert_mlp(..., backend=backend)
 
-An explicit name always wins and is never replaced: asking for `triton` where it cannot run is a `KernelError`. The
-first time Triton is resolved on a CUDA device, every op runs forward and backward on a tiny problem against the torch
-reference (see `selfcheck.py`): a kernel compiled wrongly stops the run instead of training on wrong gradients.
+An explicit name always wins and is never replaced: asking for `triton` where it cannot run is a `KernelError`. Left to
+itself, a GPU that Triton cannot run on gets `torch`, and the log says so once. The first time Triton is resolved on a
+CUDA device, every op runs forward and backward on a tiny problem against the torch reference (see `selfcheck.py`): a
+kernel compiled wrongly stops the run instead of training on wrong gradients.
 """
+
+import logging
 
 import torch
 
@@ -18,6 +21,9 @@ from .errors import KernelError
 __all__ = ["resolve"]
 
 _MIN_CAPABILITY = (8, 0)
+
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
 
 # (device name, triton version, torch version) whose kernels agreed with the reference in this process
 _checked: set[tuple[str, str, str]] = set()
@@ -41,12 +47,20 @@ def _resolve(backend: str | None, device_name: str) -> str:
     device = torch.device(device_name)
     obstacle = _obstacle(device)
     if backend is None and (device.type != "cuda" or obstacle is not None):
+        if device.type == "cuda":
+            _say_once(f"backend 'torch' is used on {device_name}, because triton cannot run there: {obstacle}")
         return "torch"
     if obstacle is not None:
         raise KernelError(f"backend='triton' cannot run on {device_name}: {obstacle}")
     if device.type == "cuda":
         _self_check(device)
     return "triton"
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
 
 
 def _obstacle(device: torch.device) -> str | None:

@@ -29,7 +29,7 @@ __all__ = ["grouped_gemm"]
 def grouped_gemm(x_RI: Tensor, w_EOI: Tensor, offsets_E1: Tensor, *, backend: str | None = None) -> Tensor:
     """y_RO: each row times the transposed weight of its expert, differentiable in x and w.
 
-    offsets_E1: int32, as `sort_by_expert` returns it. x and w share one dtype (fp32, bf16, fp16). No host sync, except in
+    offsets_E1: int32, as `sort_by_expert` returns it. x and w share one dtype (fp32, bf16, fp16). No host sync but in
     the torch backend on CUDA for what its grouped_mm does not take (all but bf16 with rows of 16 bytes).
     """
     if x_RI.dtype != w_EOI.dtype:

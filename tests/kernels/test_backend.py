@@ -53,12 +53,16 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(backend_module, "_checked", set())
+    monkeypatch.setattr(backend_module, "_said", set())
 
 
-def test_old_gpus_get_torch_by_default_and_refuse_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below compute capability 8.0 the default is torch."""
+def test_old_gpus_get_torch_by_default_and_refuse_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below compute capability 8.0 the default is torch, and the log says why, once."""
     pretend_gpu(monkeypatch, (7, 5))
-    assert resolve(None, "cuda") == "torch"
+    assert resolve(None, "cuda") == resolve(None, "cuda") == "torch"
+    assert [r.getMessage().count("capability 7.5 is below") for r in caplog.records] == [1]
     with pytest.raises(KernelError, match=r"compute capability 7\.5 is below 8\.0"):
         resolve("triton", "cuda")
 

@@ -235,6 +235,24 @@ def test_compiles_as_one_graph(autocast: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_once_for_any_number_of_tokens() -> None:
+    """Dynamic shapes: another batch size neither breaks the graph nor changes the values."""
+    gate_up, down = torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+
+    def layer(logits: Tensor, x: Tensor) -> Tensor:
+        route = topk_route(logits, torch.zeros(4), top_k=2)
+        counts = route.tokens_per_expert_E
+        return expert_mlp(x, gate_up, down, route.topk_index_TK, route.topk_weight_TK, tokens_per_expert=counts)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.compiler.set_stance("default"):
+        for n_tokens in (9, 17, 5):
+            logits, x = torch.randn(n_tokens, 4), torch.randn(n_tokens, 8)
+            torch.testing.assert_close(compiled(logits, x), layer(logits, x))
+            if n_tokens == 9:
+                torch.compiler.set_stance("fail_on_recompile")
+
+
 def test_activation_checkpoint_gives_the_same_gradients() -> None:
     """Recomputing the forward in the backward changes nothing."""
     from torch.utils.checkpoint import checkpoint
