@@ -74,7 +74,7 @@ def train(recipe: Recipe) -> Outcome:
         if ranks.is_first():
             write_json(run.environment, describe(engine.device, meter.device_uuids))
         meter.phase("data")
-        data = _data(recipe, run)
+        data = _data(recipe, run, keep_tokenizer=start.trained)
         meter.phase("idle")
         torch.manual_seed(recipe.run.seed)
         model = Transformer(recipe.model).to(engine.device)
@@ -99,10 +99,10 @@ def train(recipe: Recipe) -> Outcome:
     return outcome
 
 
-def _data(recipe: Recipe, run: RunDir) -> TokenData:
+def _data(recipe: Recipe, run: RunDir, *, keep_tokenizer: bool) -> TokenData:
     """The first rank trains the tokenizer into the run directory; every rank reads it there and tokenises alike."""
     corpus = load_corpus(recipe.data)
-    if ranks.is_first() and not run.tokenizer.is_file():
+    if ranks.is_first() and not (keep_tokenizer and run.tokenizer.is_file()):
         train_tokenizer(corpus, recipe.model.vocab_size, run.tokenizer)
     ranks.barrier()
     data = prepare(corpus, run.tokenizer, recipe.model.vocab_size)

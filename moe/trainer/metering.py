@@ -1,9 +1,13 @@
 """The meter of a training process: one reader per node, on its first rank; the other ranks only keep step."""
 
+import sys
+
 import torch
 
 from moe.config import Recipe
-from moe.energy import EnergyMeter
+from moe.energy import EnergyMeter, Source
+from moe.energy.sources import EstimateSource
+from moe.errors import SensorError
 from moe.parallel import ranks
 from moe.parallel.engine import Engine
 from moe.rundir import RunDir
@@ -11,6 +15,29 @@ from moe.trainer.environment import device_uuid
 from moe.trainer.start import Start
 
 __all__ = ["Cost", "TrainingMeter"]
+
+
+def _started_meter(recipe: Recipe, run: RunDir, gpu_uuids: list[str], start: Start) -> EnergyMeter:
+    """A meter on the sensors there are. GPUs that cannot be read are estimated: training must not wait for them."""
+
+    def make(sources: list[Source] | None) -> EnergyMeter:
+        meter = EnergyMeter(
+            ledger=run.ledger(ranks.node()),
+            devices=gpu_uuids or None,
+            declared_power_w=recipe.energy.declared_power_w,
+            interval_s=recipe.energy.interval_s,
+            resumed_step=start.step,
+            resumed_tokens=start.tokens,
+            sources=sources,
+        )
+        meter.start()
+        return meter
+
+    try:
+        return make(None)
+    except SensorError as error:
+        print(f"energy is estimated from rated power: {error}", file=sys.stderr, flush=True)
+        return make([EstimateSource(gpu_uuids=gpu_uuids, note=str(error))])
 
 
 class Cost:
@@ -33,15 +60,7 @@ class TrainingMeter:
         self._meter: EnergyMeter | None = None
         if ranks.local_rank() == 0:
             mine = [text.split(" ", 1)[1] for text in everyone if text.split(" ", 1)[0] == str(ranks.node())]
-            self._meter = EnergyMeter(
-                ledger=run.ledger(ranks.node()),
-                devices=[uuid for uuid in mine if uuid] or None,
-                declared_power_w=recipe.energy.declared_power_w,
-                interval_s=recipe.energy.interval_s,
-                resumed_step=start.step,
-                resumed_tokens=start.tokens,
-            )
-            self._meter.start()
+            self._meter = _started_meter(recipe, run, [uuid for uuid in mine if uuid], start)
         self.segment = self._meter.segment if self._meter else 0
 
     def phase(self, name: str) -> None:

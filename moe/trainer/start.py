@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint import newest_whole, read_state, verify
+from moe.checkpoint import list_checkpoints, newest_whole, read_state, verify
 from moe.config import Recipe
 from moe.errors import CheckpointError, CompareError, ConfigError
-from moe.rundir import RunDir
+from moe.rundir import RunDir, read_metrics
 
 __all__ = ["Start", "find_start"]
 
@@ -34,8 +34,12 @@ _MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` None starts anew. `complaints` are sentences about checkpoints that were passed over."""
+    """`checkpoint` None starts anew. `complaints` are sentences about checkpoints that were passed over.
 
+    `trained` tells whether the run directory holds any step yet: else what a failed start left there may be replaced.
+    """
+
+    trained: bool
     checkpoint: Path | None = None
     step: int = 0
     tokens: int = 0
@@ -49,27 +53,36 @@ def find_start(recipe: Recipe, run: RunDir) -> Start:
     when the recipe would change what the run learns.
     """
     resume = recipe.train.resume
-    exists = run.config.is_file()
-    if resume == "never" and exists:
+    trained = _has_trained(run)
+    if resume == "never" and trained:
         raise ConfigError(
             f"run.name={recipe.run.name!r} exists in {recipe.run.directory} and train.resume=never; "
             "choose another run.name, or train.resume=auto to go on"
         )
-    if exists:
+    if trained:
         _check_same(recipe, run)
     if resume not in ("auto", "never"):
-        return _from(Path(resume), ())
+        return _from(Path(resume), trained, ())
     newest, complaints = newest_whole(run.checkpoints)
-    return _from(newest, tuple(complaints)) if newest else Start(complaints=tuple(complaints))
+    if newest is None:
+        return Start(trained=trained, complaints=tuple(complaints))
+    return _from(newest, trained, tuple(complaints))
 
 
-def _from(checkpoint: Path, complaints: tuple[str, ...]) -> Start:
+def _has_trained(run: RunDir) -> bool:
+    """Whether any step was logged or saved: a run that failed before its first step may be started again, mended."""
+    if list_checkpoints(run.checkpoints):
+        return True
+    return run.metrics.is_file() and any("train/loss" in row for row in read_metrics(run.metrics))
+
+
+def _from(checkpoint: Path, trained: bool, complaints: tuple[str, ...]) -> Start:
     try:
         verify(checkpoint)
     except CheckpointError as error:
         raise ConfigError(f"train.resume={str(checkpoint)!r} cannot be used: {error}") from None
     state = read_state(checkpoint)
-    return Start(checkpoint, int(state["step"]), int(state["tokens"]), complaints)
+    return Start(trained, checkpoint, int(state["step"]), int(state["tokens"]), complaints)
 
 
 def _check_same(recipe: Recipe, run: RunDir) -> None:

@@ -7,11 +7,14 @@ from moe.energy.clock import boottime_ns
 from moe.energy.sources.base import Device
 from moe.errors import ConfigError
 
-__all__ = ["ESTIMATE_BAND", "HOST_POWER_W", "EstimateSource", "host_uuid"]
+__all__ = ["ESTIMATE_BAND", "GPU_POWER_W", "HOST_POWER_W", "EstimateSource", "host_uuid"]
 
 # One busy host without accelerators, processor and memory together: a round figure so that a run on such a machine has
 # a cost axis at all. It is no measurement; pass the machine's own power to replace it.
 HOST_POWER_W = 100.0
+
+# A data-centre GPU whose sensors cannot be read: the rated power of an H100, H800 or H200 SXM (data sheets).
+GPU_POWER_W = 700.0
 
 # Training nodes were found to draw up to 37 % less than time times rated power says (arXiv:2506.14551).
 ESTIMATE_BAND = 0.37
@@ -25,8 +28,8 @@ def host_uuid() -> str:
 class EstimateSource:
     """`power_w` for each device from the moment of construction on.
 
-    `power_w=None` takes HOST_POWER_W under the source `estimate:tdp`; a given power is `declared`. Without `gpu_uuids`
-    the one device is this host.
+    `power_w=None` takes HOST_POWER_W or GPU_POWER_W under the source `estimate:tdp`; a given power is `declared`.
+    Without `gpu_uuids` the one device is this host.
     """
 
     def __init__(self, power_w: float | None = None, gpu_uuids: Sequence[str] = (), note: str | None = None) -> None:
@@ -34,7 +37,8 @@ class EstimateSource:
             raise ConfigError(
                 f"declared power {power_w!r} W must be above 0 and below a megawatt: give watts per device"
             )
-        watts = HOST_POWER_W if power_w is None else power_w
+        default = GPU_POWER_W if gpu_uuids else HOST_POWER_W
+        watts = default if power_w is None else power_w
         self._power_mw = round(watts * 1000)
         self._start_ns = boottime_ns()
         self.failures: dict[str, str] = {}
