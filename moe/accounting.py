@@ -10,12 +10,12 @@ causal attention scores and their use.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moe.config.model import ModelConfig
+    from moe.config.architecture import Architecture
 
 __all__ = ["flops_per_token", "num_parameters", "parameters", "twin_residual"]
 
 
-def parameters(config: "ModelConfig", *, active: bool = False) -> dict[str, int]:
+def parameters(config: "Architecture", *, active: bool = False) -> dict[str, int]:
     """Parameters by part: embedding, attention, dense_ffn, shared_experts, routed_experts, router, norms, head.
 
     With `active=True` only what one token passes; the input embedding then counts 0, a tied matrix counts as head.
@@ -37,24 +37,24 @@ def parameters(config: "ModelConfig", *, active: bool = False) -> dict[str, int]
     }
 
 
-def num_parameters(config: "ModelConfig", *, active: bool = False) -> int:
+def num_parameters(config: "Architecture", *, active: bool = False) -> int:
     """Sum of `parameters`."""
     return sum(parameters(config, active=active).values())
 
 
-def flops_per_token(config: "ModelConfig", seq_len: int) -> float:
+def flops_per_token(config: "Architecture", seq_len: int) -> float:
     """Operations of one training step (forward and backward) per token, in sequences of `seq_len` tokens."""
     heads_width = config.num_attention_heads * (config.qk_head_dim + config.value_head_dim)
     attention = 6 * config.num_hidden_layers * heads_width * seq_len / 2
     return 6 * num_parameters(config, active=True) + attention
 
 
-def twin_residual(config: "ModelConfig", twin: "ModelConfig", *, active: bool = True) -> float:
+def twin_residual(config: "Architecture", twin: "Architecture", *, active: bool = True) -> float:
     """How far the twin's parameters are from the model's, as a share of the model's (signed)."""
     return num_parameters(twin, active=active) / num_parameters(config, active=active) - 1
 
 
-def _attention(config: "ModelConfig") -> int:
+def _attention(config: "Architecture") -> int:
     """Parameters of one layer's attention, its inner norms and biases included."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     bias = int(config.attention_bias)

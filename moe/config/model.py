@@ -1,153 +1,20 @@
-"""The architecture, in the field names of Hugging Face's DeepseekV3Config where it has one."""
+"""A model's configuration, and the dense model it is compared with."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from moe.config.fields import Section, setting
+from moe.config.architecture import Architecture
+from moe.config.twin import dense_twin
 
 __all__ = ["ModelConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
+class ModelConfig(Architecture):
     """A decoder-only transformer. `n_routed_experts=0` makes every layer dense.
 
     Raises ConfigError when a field is of the wrong type or out of range, or when fields contradict each other.
     """
-
-    section_name: ClassVar[str] = "model"
-
-    vocab_size: int = setting(doc="tokens in the vocabulary", at_least=1)
-    hidden_size: int = setting(doc="width of the residual stream", at_least=1)
-    num_hidden_layers: int = setting(doc="decoder layers", at_least=1)
-    num_attention_heads: int = setting(doc="query heads", at_least=1)
-    intermediate_size: int = setting(doc="width of a dense layer's SwiGLU", at_least=1)
-
-    attention: Literal["mla", "gqa"] = setting(
-        "mla", doc="mla: keys and values from one latent per token; gqa: grouped-query attention"
-    )
-    q_lora_rank: int | None = setting(None, at_least=1, doc="mla: rank of the query projection; none for a full matrix")
-    kv_lora_rank: int = setting(0, at_least=0, doc="mla: width of the latent keys and values come from")
-    qk_nope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part without position")
-    qk_rope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part with position")
-    v_head_dim: int = setting(0, at_least=0, doc="mla: per head, value width")
-    num_key_value_heads: int | None = setting(None, at_least=1, doc="gqa: key and value heads; none for one a head")
-    head_dim: int | None = setting(None, at_least=2, doc="gqa: width of a head; none for hidden_size / heads")
-    qk_norm: Literal["none", "head", "full"] = setting(
-        "none", doc="gqa: RMSNorm of queries and keys, per head or over all heads together"
-    )
-    attention_bias: bool = setting(False, doc="biases in the attention projections")
-    rope_theta: float = setting(10000.0, above=0, doc="base of the rotary frequencies")
-
-    n_routed_experts: int = setting(0, at_least=0, doc="routed experts a layer; 0 for a dense model")
-    n_shared_experts: int = setting(0, at_least=0, doc="experts every token passes, as one SwiGLU of that many widths")
-    num_experts_per_tok: int = setting(0, at_least=0, doc="routed experts a token is sent to (top_k)")
-    moe_intermediate_size: int = setting(0, at_least=0, doc="width of one expert's SwiGLU")
-    first_k_dense_replace: int = setting(0, at_least=0, doc="this many first layers are dense")
-    score_func: Literal["sigmoid", "softmax"] = setting("sigmoid", doc="how router logits become scores")
-    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = setting(
-        "noaux_tc",
-        doc="greedy: over all experts; group_limited_greedy: over the groups with the largest score; "
-        "noaux_tc: over the groups with the largest sum of two biased scores",
-    )
-    n_group: int = setting(1, at_least=1, doc="groups the experts are divided into")
-    topk_group: int = setting(1, at_least=1, doc="groups a token may choose from")
-    norm_topk_prob: bool = setting(True, doc="weights of the chosen experts sum to 1 before scaling")
-    routed_scaling_factor: float = setting(1.0, above=0, doc="factor on the weights of the chosen experts")
-
-    max_position_embeddings: int = setting(4096, at_least=1, doc="longest sequence")
-    rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm")
-    tie_word_embeddings: bool = setting(False, doc="the output head shares the embedding's matrix")
-    initializer_range: float = setting(0.02, above=0, doc="standard deviation of the initial weights")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention == "mla":
-            self._check_mla()
-        else:
-            self._check_gqa()
-        if self.n_routed_experts:
-            self._check_experts()
-
-    def _check_mla(self) -> None:
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            if getattr(self, name) == 0:
-                self.fail(name, "is needed by attention='mla': give it, or set model.attention=gqa")
-        if self.qk_rope_head_dim % 2:
-            self.fail("qk_rope_head_dim", "must be even: rotary positions turn pairs")
-        if self.qk_norm != "none":
-            self.fail("qk_norm", "is for attention='gqa'; mla normalises its latents instead")
-
-    def _check_gqa(self) -> None:
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if kv_heads is not None and heads % kv_heads:
-            self.fail("num_key_value_heads", f"must divide num_attention_heads ({heads})")
-        if self.head_dim is None and self.hidden_size % heads:
-            self.fail("hidden_size", f"must be divisible by num_attention_heads ({heads}), or give head_dim")
-        if (self.head_dim or self.hidden_size // heads) % 2:
-            self.fail("head_dim", "must be even: rotary positions turn pairs")
-
-    def _check_experts(self) -> None:
-        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        if not 1 <= top_k <= experts:
-            self.fail("num_experts_per_tok", f"must be between 1 and n_routed_experts ({experts})")
-        if self.moe_intermediate_size < 1:
-            self.fail("moe_intermediate_size", "must be at least 1 when there are routed experts")
-        if self.first_k_dense_replace >= self.num_hidden_layers:
-            self.fail(
-                "first_k_dense_replace",
-                f"leaves no layer for the experts: make it less than num_hidden_layers ({self.num_hidden_layers})",
-            )
-        if experts % self.n_group:
-            self.fail("n_group", f"must divide n_routed_experts ({experts})")
-        if self.topk_group > self.n_group:
-            self.fail("topk_group", f"must not exceed n_group ({self.n_group})")
-        if self.topk_method == "greedy":
-            if self.n_group != 1:
-                self.fail("n_group", "needs topk_method group_limited_greedy or noaux_tc; greedy knows no groups")
-            return
-        per_group = experts // self.n_group
-        if top_k > self.topk_group * per_group:
-            self.fail("num_experts_per_tok", f"exceeds the {self.topk_group * per_group} experts of topk_group groups")
-        if self.topk_method == "noaux_tc" and self.n_group > 1 and per_group < 2:
-            self.fail("n_group", "leaves one expert a group; noaux_tc sums the two best of each group")
-
-    @property
-    def is_moe(self) -> bool:
-        """Whether any layer has routed experts."""
-        return self.n_routed_experts > 0
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (from 0) has routed experts."""
-        return self.is_moe and layer >= self.first_k_dense_replace
-
-    @property
-    def has_expert_bias(self) -> bool:
-        """Whether routers carry a selection bias for balancing: the architecture decides, as in Hugging Face."""
-        return self.is_moe and self.topk_method == "noaux_tc"
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of one query or key head."""
-        if self.attention == "mla":
-            return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def value_head_dim(self) -> int:
-        """Width of one value head."""
-        return self.v_head_dim if self.attention == "mla" else self.qk_head_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        """Part of a head that rotary positions turn."""
-        return self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
-
-    @property
-    def active_width(self) -> int:
-        """SwiGLU width one token passes in an MoE layer: chosen and shared experts together."""
-        return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size
 
     def dense_twin(self, match: Literal["active", "total"] = "active") -> "ModelConfig":
         """The dense model this one is compared with: same attention, vocabulary and token count, every layer dense.
@@ -156,10 +23,4 @@ class ModelConfig(Section):
         to 16. `match="total"`: depth and hidden size are scaled up until the total number of parameters is nearest.
         `moe.accounting.twin_residual(self, twin)` tells what rounding left.
         """
-        from moe.config.twin import dense_twin
-
         return dense_twin(self, match)
-
-    def replace(self, **changes: object) -> "ModelConfig":
-        """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -1,18 +1,20 @@
 """The dense model an MoE is compared with."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from moe import accounting
-from moe.config.model import ModelConfig
+from moe.config.architecture import Architecture
 from moe.errors import ConfigError
 
 __all__ = ["dense_twin"]
 
 _WIDTH_MULTIPLE = 16
 
+_Config = TypeVar("_Config", bound=Architecture)
 
-def dense_twin(config: ModelConfig, match: Literal["active", "total"]) -> ModelConfig:
-    """See `ModelConfig.dense_twin`."""
+
+def dense_twin(config: _Config, match: Literal["active", "total"]) -> _Config:
+    """A copy of `config` with every layer dense; see `ModelConfig.dense_twin`."""
     if match not in ("active", "total"):
         raise ConfigError(f"match={match!r} must be 'active' or 'total'")
     layers = config.num_hidden_layers
@@ -32,7 +34,7 @@ def dense_twin(config: ModelConfig, match: Literal["active", "total"]) -> ModelC
     return dense if match == "active" else _grow(dense, accounting.num_parameters(config))
 
 
-def _grow(dense: ModelConfig, target: int) -> ModelConfig:
+def _grow(dense: _Config, target: int) -> _Config:
     """Scale depth, hidden size, heads and width of `dense` by one factor, so the parameters are nearest `target`.
 
     Head widths and latent ranks stay; hidden size moves in whole heads so that any head layout stays valid. The SwiGLU

@@ -90,7 +90,12 @@ def test_two_ranks_train_as_one(whole: Place) -> None:
 def _start(place: Place, name: str, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
     command, environment = place.command(f"run.name={name}", *words, ranks=ranks)
     return subprocess.Popen(
-        command, env=environment, cwd=place.folder, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env={**environment, "PYTHONFAULTHANDLER": "1"},
+        cwd=place.folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -116,10 +121,13 @@ def _trainer_pids(place: Place, name: str) -> list[int]:
     return found
 
 
-def _wait_until_gone(place: Place, name: str, seconds: float) -> None:
+def _wait_until_gone(place: Place, name: str, process: subprocess.Popen[str], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while _trainer_pids(place, name):
-        assert time.monotonic() < deadline, "the trainer outlived its stop"
+    while pids := _trainer_pids(place, name):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                os.kill(pid, signal.SIGABRT)  # faulthandler writes where it hangs to the captured stderr
+            pytest.fail(f"the trainer outlived its stop: {process.communicate()[1]}")
         time.sleep(0.05)
 
 
@@ -141,7 +149,7 @@ def test_sigterm_to_the_launcher_ends_in_a_checkpoint(place: Place, long_losses:
     process = _start(place, name, *LONG, ranks=ranks)
     _wait_for_step(place, name, 20, process)
     process.send_signal(signal.SIGTERM)
-    _wait_until_gone(place, name, 25)
+    _wait_until_gone(place, name, process, 25)
     process.communicate()
     steps = sorted(int(path.name[5:]) for path in (place.run(name) / "checkpoints").iterdir())
     assert len(steps) == 1
