@@ -21,9 +21,9 @@ SIZE = {  # about 330 million parameters, 130 million active: a step fills the d
     "n_routed_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
 }  # fmt: skip
 WORDS = (
-    "train.precision=bf16", "train.seq_len=1024", "train.global_batch_size=32", "train.max_steps=100_000",
-    "train.log_every_steps=5", "train.eval_every_tokens=2_000_000", "train.eval_sequences=64",
-    "train.checkpoint_every_steps=100_000", "optim.lr=6e-4", "optim.warmup_steps=50",
+    "train.precision=bf16", "train.seq_len=1024", "train.global_batch_size=32", "train.micro_batch_size=16",
+    "train.max_steps=100_000", "train.log_every_steps=5", "train.eval_every_tokens=500_000",
+    "train.eval_sequences=64", "train.checkpoint_every_steps=100_000", "optim.lr=6e-4", "optim.warmup_steps=50",
 )  # fmt: skip
 DRY_SIZE = {
     "vocab_size": 512,
@@ -33,8 +33,8 @@ DRY_SIZE = {
     "n_routed_experts": 4,
 }
 DRY_WORDS = (
-    "train.max_steps=4", "train.seq_len=32", "train.global_batch_size=2", "train.eval_every_tokens=128",
-    "train.eval_sequences=2", "optim.warmup_steps=2",
+    "data.source=LICENSE", "train.max_steps=4", "train.seq_len=32", "train.global_batch_size=2",
+    "train.eval_every_tokens=128", "train.eval_sequences=2", "optim.warmup_steps=2",
 )  # fmt: skip
 RUNS = {"gpu_check_moe": "quickstart_moe", "gpu_check_dense": "quickstart_dense"}
 AROUND_S = 20.0  # of a run beside its training time: launch, last evaluation, checkpoint
@@ -101,7 +101,7 @@ def counter_mj(part: Part) -> int | None:
     import torch
 
     try:
-        return Nvml(None if part.dry else f"GPU-{torch.cuda.get_device_properties(0).uuid}").counter_mj()
+        return Nvml(None if part.dry else str(torch.cuda.get_device_properties(0).uuid)).counter_mj()
     except Exception as error:  # a missing check is no failure of the run
         part.note(f"the counter could not be read around the run: {error}")
         return None

@@ -22,7 +22,11 @@ NVLINKS = 18
 
 
 class Nvml:
-    """The GPU `uuid`, or the first one. Raises RuntimeError, with the driver's reason, where NVML cannot be used."""
+    """The GPU `uuid` (as torch writes it, without "GPU-"), or the first one.
+
+    `found_by` says whether the UUID led to it; where it does not and the machine has one GPU, that one is taken.
+    Raises RuntimeError, with the driver's reason, where NVML cannot be used.
+    """
 
     def __init__(self, uuid: str | None = None) -> None:
         try:
@@ -30,9 +34,19 @@ class Nvml:
         except ImportError:
             raise RuntimeError("nvidia-ml-py is not installed") from None
         self.lib: Any = pynvml
+        self.found_by = "index"
         try:
             pynvml.nvmlInit()
-            self.handle = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
+            if uuid is not None:
+                try:
+                    self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                    self.found_by = "uuid"
+                    return
+                except pynvml.NVMLError as error:
+                    if pynvml.nvmlDeviceGetCount() != 1:
+                        raise
+                    self.found_by = f"index, because GPU-{uuid} was not found: {error}"
+            self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         except pynvml.NVMLError as error:
             raise RuntimeError(f"NVML cannot be used ({error})") from None
 
@@ -49,7 +63,7 @@ class Nvml:
             return "not in this nvidia-ml-py"
         try:
             value = call(*arguments)
-        except self.lib.NVMLError as error:
+        except Exception as error:  # also a binding of another version, whose arguments differ
             return str(error)
         return value.decode() if isinstance(value, bytes) else value
 

@@ -27,7 +27,7 @@ STARTUP_S = 30.0  # of the load process: CUDA and a warm-up
 class Times:
     """Seconds of each measurement."""
 
-    idle: float = 8.0
+    idle: float = 8.0  # twice: ticks, then agreement with power
     spin: float = 8.0
     settle: float = 2.0  # power and its one-second average reach the load's level
     steady: float = 32.0
@@ -42,10 +42,10 @@ class Times:
 
     @property
     def total(self) -> float:
-        return self.idle + self.spin + 3 * self.settle + self.steady + self.slow + self.fast + 14 * self.latency
+        return 2 * self.idle + self.spin + 3 * self.settle + self.steady + self.slow + self.fast + 14 * self.latency
 
 
-DRY = Times(idle=1.2, spin=1.2, settle=0.1, steady=2.5, slow=1.5, fast=1.2, latency=0.05)
+DRY = Times(idle=0.8, spin=1.2, settle=0.1, steady=2.0, slow=0.8, fast=0.8, latency=0.05)
 
 
 class LoadProcess:
@@ -143,7 +143,7 @@ def run(part: Part) -> None:
     try:
         uuid = load.ready["torch_uuid"]
         try:
-            nvml = Nvml(None if uuid is None else f"GPU-{uuid}")
+            nvml = Nvml(uuid)
         except RuntimeError as error:
             part.skip(str(error))
         times = DRY if part.dry else Times().scaled(part.seconds_left - 10)
@@ -156,8 +156,10 @@ def run(part: Part) -> None:
 def _measure(part: Part, probe: Probe, load: LoadProcess) -> None:
     nvml, times = probe.nvml, probe.times
     with part.section("facts"):
-        found = nvml.ask("GetUUID")
-        part.put("uuid", {"torch": load.ready["torch_uuid"], "nvml": found})
+        uuid, found = load.ready["torch_uuid"], nvml.ask("GetUUID")
+        part.put("uuid", {"torch": uuid, "nvml": found, "found_by": nvml.found_by})
+        if uuid is not None and nvml.found_by != "uuid":
+            part.note(f"the UUID torch tells is not NVML's: {nvml.found_by}")
         part.put("modes", nvml.description())
         part.put("fields", nvml.field_table())
         part.put("reads_that_work", list(probe.reads))
@@ -167,6 +169,7 @@ def _measure(part: Part, probe: Probe, load: LoadProcess) -> None:
     with part.section("idle"):
         part.put("ticks_idle", probe.spin("idle", times.idle))
         part.put("latency_idle_us", probe.latency())
+        part.put("idle", probe.sample("idle", times.idle))
     with part.section("ticks under load"):
         load.start(f"steady {times.settle + times.spin}")
         time.sleep(times.settle)
@@ -226,7 +229,7 @@ def _say_headline(part: Part) -> None:
 
     part.say(f"tick {number('ticks_load', 'interval_ms', 'median')} ms under load")
     part.say(f"{number('ticks_idle', 'interval_ms', 'median')} ms idle")
-    part.say(f"steady {number('steady', 'counter_mean_w')} W by counter")
+    part.say(f"idle {number('idle', 'counter_mean_w')} W, steady {number('steady', 'counter_mean_w')} W by counter")
     for power in POWERS[:2]:
         name = power.removeprefix("power_")
         shares = [number(load, power, "percent_over_counter") for load in ("steady", "bursty_slow", "bursty_fast")]

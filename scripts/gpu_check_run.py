@@ -26,6 +26,7 @@ from gpu_check_fake import fake_environment
 from gpu_check_part import ROOT, SKIPPED, write_json
 
 BUDGET_S = 540.0
+LOG_BYTES = 4_000_000  # the end of a longer log is kept
 MARGIN_S = 10.0  # for packing, and for a part that dies slowly
 
 
@@ -62,11 +63,19 @@ class Result:
 class Check:
     """One run of the parts into one folder."""
 
-    def __init__(self, out: Path, work: Path, budget_s: float, environment: Mapping[str, str], dry: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        budget_s: float,
+        environment: Mapping[str, str],
+        dry: bool,
+        start: float | None = None,
+    ) -> None:
         self.out, self.work, self.budget_s, self.dry = out, work, budget_s, dry
         self.environment = dict(environment)
         self.results: list[Result] = []
-        self._start = time.monotonic()
+        self._start = time.monotonic() if start is None else start
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         (work / "keep").mkdir(parents=True, exist_ok=True)
 
@@ -133,6 +142,9 @@ class Check:
         trace = self.work / "nvml_trace.json"
         if trace.is_file():
             shutil.copyfile(trace, self.out / trace.name)
+        for log in (self.work / "keep").rglob("*.log"):
+            if log.stat().st_size > LOG_BYTES:
+                log.write_bytes(b"(cut)\n" + log.read_bytes()[-LOG_BYTES:])
         aside = self.work / "logs.tar.gz"
         with tarfile.open(aside, "w:gz") as archive:
             archive.add(self.work / "keep", arcname="logs")
@@ -226,6 +238,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--dry-run", action="store_true", help="every part at tiny size on the CPU; measures nothing")
     options = parser.parse_args(words)
+    start = time.monotonic()
     environment = part_environment(options.dry_run)
     if not options.dry_run and (obstacle := cuda_obstacle(environment)):
         print(obstacle, file=sys.stderr)
@@ -236,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if options.dry_run:
             environment.update(fake_environment(work, environment))
-        check = Check(options.out.resolve(), work, options.minutes * 60, environment, options.dry_run)
+        check = Check(options.out.resolve(), work, options.minutes * 60, environment, options.dry_run, start)
         check.run([plan for plan in PLANS if plan.name in options.only])
     finally:
         shutil.rmtree(work, ignore_errors=True)

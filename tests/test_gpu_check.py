@@ -1,5 +1,6 @@
 """scripts/gpu_check: that it runs end to end without a GPU and on a bare machine, and outlives parts that do not."""
 
+import importlib
 import json
 import os
 import re
@@ -40,6 +41,7 @@ sys.meta_path[:] = [Hiding(f) for f in sys.meta_path if getattr(f, "__name__", "
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The script's own modules can be imported; nothing is written beside them."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     yield
@@ -149,6 +151,23 @@ def test_a_killed_part_leaves_what_it_found(modules: None, tmp_path: Path) -> No
     assert record["data"]["number"] == 1
     assert record["notes"] == ["first failed: ValueError: sensor gone"]
     assert part.failures == 1
+
+
+def test_the_measured_shapes_exist(modules: None) -> None:
+    """The shapes named for a GPU are the benchmark's, and the larger models are valid and fit: under 8 GiB to train."""
+    from gpu_check_bench_expert_mlp import SHAPES, load_bench
+    from gpu_check_metered_runs import RUNS, SIZE, WORDS, models
+
+    from moe.accounting import num_parameters
+    from moe.config import parse_overrides
+
+    assert set(SHAPES) <= set(load_bench().CASES["cuda"])
+    words = models(dry=False)
+    assert list(words) == list(RUNS)
+    base = importlib.import_module("quickstart_moe").RECIPE  # models() made the recipes importable
+    recipe = parse_overrides(base, [*words["gpu_check_moe"], *WORDS])
+    assert recipe.model == base.model.replace(**SIZE)
+    assert 16 * num_parameters(recipe.model) < 8 * 2**30  # weight, gradient and two moments in fp32
 
 
 def test_agreement_of_counter_and_power(modules: None) -> None:
