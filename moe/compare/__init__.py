@@ -9,8 +9,9 @@
 Computed from run directories alone, offline, again and again. Needs neither torch nor a GPU.
 """
 
-from moe.compare.comparison import Comparison, Entry, compare
+from moe.compare.comparison import Comparison, compare
 from moe.compare.equal_loss import Crossing, Ratio, Span
+from moe.compare.result import Entry
 from moe.compare.runs import EvalPoint, Run, load_run
 
 __all__ = ["Comparison", "Crossing", "Entry", "EvalPoint", "Ratio", "Run", "Span", "compare", "load_run"]

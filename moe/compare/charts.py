@@ -5,13 +5,11 @@ light or dark theme. Plotly reads text as a small markup language: every name is
 """
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe.compare.equal_loss import AXES, Span, scores
+from moe.compare.result import Entry, Result
 from moe.compare.table import cost
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Comparison, Entry
 
 __all__ = ["SERIES", "figures"]
 
@@ -26,12 +24,12 @@ _SCALES = {
 }
 
 
-def figures(comparison: "Comparison") -> list[dict[str, Any]]:
+def figures(comparison: Result) -> list[dict[str, Any]]:
     """One figure per cost axis: `{"axis", "data", "layout"}`."""
     return [_figure(comparison, axis) for axis in comparison.axes]
 
 
-def _figure(comparison: "Comparison", axis: str) -> dict[str, Any]:
+def _figure(comparison: Result, axis: str) -> dict[str, Any]:
     scale, title = _scale(comparison, axis)
     data: list[dict[str, Any]] = []
     for index, entry in enumerate(comparison.entries):
@@ -57,7 +55,7 @@ def _figure(comparison: "Comparison", axis: str) -> dict[str, Any]:
     return {"axis": axis, "data": data, "layout": layout}
 
 
-def _scale(comparison: "Comparison", axis: str) -> tuple[float, str]:
+def _scale(comparison: Result, axis: str) -> tuple[float, str]:
     """Factor on stored numbers and the axis title; small energies in Wh or J."""
     if axis != "energy":
         return _SCALES[axis]
@@ -67,7 +65,7 @@ def _scale(comparison: "Comparison", axis: str) -> tuple[float, str]:
     return (1 / 3600, "energy (Wh)") if most_j < 3.6e6 else _SCALES[axis]
 
 
-def _traces(comparison: "Comparison", entry: "Entry", index: int, axis: str, scale: float) -> list[dict[str, Any]]:
+def _traces(comparison: Result, entry: Entry, index: int, axis: str, scale: float) -> list[dict[str, Any]]:
     run = entry.run
     name = escape(run.name, quote=False).replace("%", "&#37;")  # % would begin a placeholder in a hover text
     colour = f"--s{index % SERIES}"
@@ -98,7 +96,7 @@ def _traces(comparison: "Comparison", entry: "Entry", index: int, axis: str, sca
     return [band, curve] if span is None else [band, curve, _marker(comparison, name, colour, axis, scale, span)]
 
 
-def _marker(comparison: "Comparison", name: str, colour: str, axis: str, scale: float, span: Span) -> dict[str, Any]:
+def _marker(comparison: Result, name: str, colour: str, axis: str, scale: float, span: Span) -> dict[str, Any]:
     """The crossing with its interval; an open end is drawn as far as the value and said in words."""
     high = span.value if span.high is None else span.high
     reach = f"{cost(axis, span.low)} to {cost(axis, span.high)}" if span.high is not None else "no upper bound"

@@ -2,21 +2,18 @@
 
 from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
 
+from moe.compare.result import Result
 from moe.compare.runs import Run
 from moe.compare.sentences import number
 from moe.compare.table import cost
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Comparison
 
 __all__ = ["section"]
 
 _HASH_SHOWN = 12
 
 
-def section(comparison: "Comparison") -> str:
+def section(comparison: Result) -> str:
     """One card a run."""
     cards = []
     for entry in comparison.entries:

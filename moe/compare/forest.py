@@ -2,20 +2,17 @@
 
 import math
 from html import escape
-from typing import TYPE_CHECKING
 
 from moe.compare.equal_loss import AXES, Ratio
+from moe.compare.result import Result
 from moe.compare.sentences import span_text
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Comparison
 
 __all__ = ["section"]
 
 _MARGIN = 1.15  # room beside the outermost end, as a factor
 
 
-def section(comparison: "Comparison") -> str:
+def section(comparison: Result) -> str:
     """The ratios of every run that has one; nothing without a baseline that reached the loss."""
     rows = [(axis, ratio) for entry in comparison.entries for axis, ratio in entry.ratios.items()]
     if not rows:

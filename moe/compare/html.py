@@ -10,23 +10,21 @@ import re
 from contextlib import suppress
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe.compare import facts, forest, sentences, table
 from moe.compare.charts import SERIES, figures
 from moe.compare.equal_loss import AXES, METHOD, Span
+from moe.compare.result import Result
 from moe.compare.style import SCRIPT, STYLE
 from moe.errors import CompareError
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Comparison
 
 __all__ = ["page", "write_html"]
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def write_html(comparison: "Comparison", path: Path) -> None:
+def write_html(comparison: Result, path: Path) -> None:
     """Write the page beside `path` and rename it. Raises CompareError when the folder cannot be written."""
     if not path.name or path.is_dir():
         raise CompareError(f"--html {path} is a folder; give the file to write, such as report.html")
@@ -41,7 +39,7 @@ def write_html(comparison: "Comparison", path: Path) -> None:
             aside.unlink()  # there only when writing or renaming failed
 
 
-def page(comparison: "Comparison") -> str:
+def page(comparison: Result) -> str:
     """The whole page, Plotly included (about 5 MB)."""
     from plotly.offline import get_plotlyjs
 
@@ -77,7 +75,7 @@ def page(comparison: "Comparison") -> str:
 """
 
 
-def _headline(comparison: "Comparison") -> str:
+def _headline(comparison: Result) -> str:
     ratio = comparison.ratios.get("device_hours")
     at = f"{comparison.at_loss:.4g} {comparison.unit}"
     if ratio is None:
@@ -88,7 +86,7 @@ def _headline(comparison: "Comparison") -> str:
     return f"{winner} reached {at} with {span.value:.2f}x the device-hours of {loser}"
 
 
-def _lede(comparison: "Comparison") -> str:
+def _lede(comparison: Result) -> str:
     said = "Everything each run spent counts: idle time, evaluation, checkpoints, and work a restart threw away."
     ratio = comparison.ratios.get("device_hours")
     if ratio is None:
@@ -100,7 +98,7 @@ def _lede(comparison: "Comparison") -> str:
     return f"{share}, {interval}. {said}" if share else f"{interval.capitalize()}. {said}"
 
 
-def _charts(comparison: "Comparison") -> str:
+def _charts(comparison: Result) -> str:
     legend = []
     for index, entry in enumerate(comparison.entries):
         dash = "" if entry.role == "run" else ' stroke-dasharray="5 3"'
@@ -127,7 +125,7 @@ the evaluation. Drag to zoom, double-click to go back.</p>
 </section>"""
 
 
-def _table(comparison: "Comparison") -> str:
+def _table(comparison: Result) -> str:
     headings = ("run", "role", *table.HEADINGS, *(AXES[axis] for axis in comparison.axes))
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     body = []
@@ -150,7 +148,7 @@ def _cost(axis: str, span: Span | None) -> str:
     return f"{table.cost(axis, span.value)}<small>{table.cost(axis, span.low)} {high}</small>"
 
 
-def _notes(comparison: "Comparison") -> str:
+def _notes(comparison: Result) -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
     said = [METHOD, *(ratio.method for entry in comparison.entries for ratio in entry.ratios.values())]
     method = " ".join(dict.fromkeys(sentence for text in said for sentence in re.split(r"(?<=[.]) ", text)))

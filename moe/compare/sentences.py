@@ -1,12 +1,9 @@
 """What a comparison says in words: the verdict first, then what a reader must know to trust or doubt it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moe.compare.equal_loss import AXES, Ratio, Span, first_may_reach, scores
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Entry
+from moe.compare.result import Entry
 
 __all__ = ["ESTIMATE", "cheaper", "includes_one", "notes", "number", "span_text", "verdict"]
 
@@ -16,7 +13,7 @@ ESTIMATE = "energy is time x declared power"
 _LOW_COVERAGE = 0.95
 
 
-def notes(entries: "Sequence[Entry]", loss: float, unit: str, same_data: bool, axes: Sequence[str]) -> list[str]:
+def notes(entries: Sequence[Entry], loss: float, unit: str, same_data: bool, axes: Sequence[str]) -> list[str]:
     """Plain sentences: each run's verdict, what was not reached, and how far the data and the meters agree."""
     at = f"{loss:.4g} {unit}"
     said: list[str] = []
@@ -80,7 +77,7 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _data(entries: "Sequence[Entry]", unit: str, same_data: bool) -> list[str]:
+def _data(entries: Sequence[Entry], unit: str, same_data: bool) -> list[str]:
     said = []
     if not same_data:
         same_text = len({entry.run.data.get("validation_sha256") for entry in entries}) == 1
@@ -93,7 +90,7 @@ def _data(entries: "Sequence[Entry]", unit: str, same_data: bool) -> list[str]:
     return said
 
 
-def _meters(entries: "Sequence[Entry]", axes: Sequence[str]) -> list[str]:
+def _meters(entries: Sequence[Entry], axes: Sequence[str]) -> list[str]:
     said = []
     runs = [entry.run for entry in entries]
     if "energy" not in axes:

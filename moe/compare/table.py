@@ -1,16 +1,12 @@
 """The comparison in a terminal: one row a run, and under each cost the baseline's cost over the run's."""
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from moe.compare.equal_loss import AXES, Span, scores
+from moe.compare.result import Entry, Result
 from moe.compare.sentences import number
-
-if TYPE_CHECKING:
-    from moe.compare.comparison import Comparison, Entry
 
 __all__ = ["HEADINGS", "build_table", "cost", "facts"]
 
@@ -18,7 +14,7 @@ HEADINGS = ("parameters", "active", "last loss")
 """Columns between the run's name and its costs."""
 
 
-def build_table(comparison: "Comparison") -> Table:
+def build_table(comparison: Result) -> Table:
     """One row a run: parameters, last evaluation, cost to the equal loss; below, the ratios. Names are never markup."""
     title = Text(f"Cost to reach {comparison.at_loss:.4g} {comparison.unit}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -46,7 +42,7 @@ def build_table(comparison: "Comparison") -> Table:
     return table
 
 
-def facts(comparison: "Comparison", entry: "Entry") -> list[str]:
+def facts(comparison: Result, entry: Entry) -> list[str]:
     """Cells of one run under `HEADINGS`."""
     run = entry.run
     last = scores(run, comparison.unit)[-1][0]
