@@ -15,7 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.read_bytes().startswith(b"#!/usr/bin/env bash"))
+SCRIPTS = sorted(
+    path
+    for path in (ROOT / "scripts").glob("*")
+    if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
+)
 TOOLS = ["bash", "env", "basename", "dirname", "cat", "cksum", "mkdir", "mktemp", "rm", "mv", "sed", "head"]
 
 PYTHON = """#!/usr/bin/env bash

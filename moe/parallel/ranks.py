@@ -5,13 +5,23 @@ process while there are two.
 """
 
 import os
-import socket
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "barrier", "gather_texts", "is_first", "local_rank", "node", "rank", "world_size"]
+__all__ = [
+    "all_reduce_sum",
+    "barrier",
+    "gather_texts",
+    "is_first",
+    "local_rank",
+    "node",
+    "rank",
+    "sum_numbers",
+    "world_size",
+]
 
 _TEXT_BYTES = 256
 
@@ -52,6 +62,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Each number summed over all ranks, in fp64; with one process no device is touched, so no GPU is waited for."""
+    if world_size() == 1:
+        return list(numbers)
+    return all_reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
@@ -68,8 +85,3 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     everyone = [torch.empty_like(mine, device=device) for _ in range(world_size())]
     dist.all_gather(everyone, mine.to(device))
     return [bytes(part.tolist()).rstrip(b"\0").decode() for part in everyone]
-
-
-def host() -> str:
-    """This host's name."""
-    return socket.gethostname()

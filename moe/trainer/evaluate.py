@@ -35,7 +35,7 @@ def evaluate(
                 losses = _sequence_losses(model, ids).double().cpu()
             sums += torch.stack((torch.tensor(float(size)), losses.sum(), (losses**2).sum()))
         load = counter.load()
-    number, total, squares = ranks.all_reduce_sum(sums.to(engine.device)).tolist()
+    number, total, squares = ranks.sum_numbers(sums.tolist(), engine.device)
     mean = total / number
     variance = max(0.0, squares / number - mean**2) * number / max(1.0, number - 1)
     metrics = {

@@ -1,7 +1,8 @@
 """The training loop, read top to bottom.
 
-A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward with their loss weighted
-by the valid tokens of the whole global batch; gradients are clipped; AdamW steps; the balancer moves the expert biases.
+A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward, their loss weighted so
+that gradients are those of the whole global batch's mean; gradients are clipped; AdamW steps; the balancer moves the
+expert biases.
 The meter is told at each turn what the process is doing, and never waits for a GPU.
 """
 
@@ -83,10 +84,11 @@ class Loop:
             metrics = self._evaluate(0)
         while step < train.max_steps and reason == "complete":
             rate.start()
-            loss, norm, load, asked = self._step(step)
+            loss, norm, load = self._step(step)
             step += 1
             self.meter.progress(step, step * self.tokens_per_step)
-            if step % train.log_every_steps == 0 or step == train.max_steps:
+            logged = step % train.log_every_steps == 0 or step == train.max_steps
+            if logged:
                 loss_value, cost = float(loss), self.meter.cost()
                 self._log(step, loss_value, norm, load, cost, rate.stop(step))
                 progress.set_postfix_str(_postfix(loss_value, metrics, cost), refresh=False)
@@ -95,7 +97,7 @@ class Loop:
             else:
                 rate.pause()
             progress.update()
-            if asked:
+            if self._asked_to_stop(logged):
                 reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
             done = step == train.max_steps or reason != "complete"
             if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
@@ -105,8 +107,8 @@ class Loop:
         progress.close()
         return Outcome(step, reason, metrics)
 
-    def _step(self, step: int) -> tuple[Tensor, Tensor, Load, bool]:
-        """One optimizer step. Returns loss, gradient norm, expert load, and whether any rank was asked to stop."""
+    def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
+        """One optimizer step. Returns the global batch's loss, the gradient's norm and the experts' load."""
         self.meter.phase("data")
         batch = self.recipe.train.global_batch_size
         mine = step * batch + ranks.rank() * self.micro_batch * self.accumulation
@@ -114,20 +116,19 @@ class Loop:
             self.train_sequences.batch(mine + number * self.micro_batch, self.micro_batch)
             for number in range(self.accumulation)
         ]
-        valid = [ids.shape[0] * (ids.shape[1] - 1) for ids in batches]  # every next token of a packed sequence
-        agreed = torch.tensor([sum(valid), int(bool(self.stop))], dtype=torch.float64, device=self.engine.device)
-        total_valid, asked = ranks.all_reduce_sum(agreed).tolist()
+        # packed sequences have a next token everywhere but at their end, so every micro-batch weighs the same
+        weight = 1 / (self.engine.ranks * self.accumulation)
 
         self.meter.phase("forward_backward")
         loss_sum = torch.zeros((), device=self.engine.device)
-        for number, (cpu_ids, count) in enumerate(zip(batches, valid, strict=True)):
+        for number, cpu_ids in enumerate(batches):
             ids = self.engine.to_device(cpu_ids)
             with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
                 with self.engine.autocast():
                     loss = self.wrapped(ids, labels=ids).loss
-                # DistributedDataParallel averages gradients over ranks; the weight turns that into the global mean
-                (loss * (count * self.engine.ranks / total_valid)).backward()
-            loss_sum += loss.detach() * count
+                # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
+                (loss / self.accumulation).backward()
+            loss_sum += loss.detach() * weight
 
         self.meter.phase("optimizer")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -135,7 +136,13 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = self.balancer.step()
-        return ranks.all_reduce_sum(loss_sum) / total_valid, norm, load, asked > 0
+        return ranks.all_reduce_sum(loss_sum), norm, load
+
+    def _asked_to_stop(self, logged: bool) -> bool:
+        """Whether any rank got a signal. Several ranks agree on it at logged steps, where they meet anyway."""
+        if self.engine.ranks == 1:
+            return bool(self.stop)
+        return logged and ranks.sum_numbers([float(bool(self.stop))], self.engine.device)[0] > 0
 
     def _log(self, step: int, loss: float, norm: Tensor, load: Load, cost: Cost, rate: float) -> None:
         """Write a metrics row. Raises TrainingError when the loss is not finite."""

@@ -2,8 +2,6 @@
 
 import sys
 
-import torch
-
 from moe.config import Recipe
 from moe.energy import EnergyMeter, Source
 from moe.energy.sources import EstimateSource
@@ -84,7 +82,7 @@ class TrainingMeter:
         """Summed over nodes; every rank must call it."""
         snapshot = self._meter.snapshot() if self._meter else None
         mine = [snapshot.energy_j or 0.0, snapshot.device_hours, snapshot.power_w or 0.0] if snapshot else [0.0] * 3
-        return Cost(*ranks.all_reduce_sum(torch.tensor(mine, dtype=torch.float64, device=self._engine.device)).tolist())
+        return Cost(*ranks.sum_numbers(mine, self._engine.device))
 
     def stop(self) -> None:
         """Write the last reading and close the ledger."""
