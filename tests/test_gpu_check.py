@@ -43,7 +43,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The script's own modules can be imported; nothing is written beside them."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "gpu"))
     yield
     for name in [name for name in sys.modules if name.startswith("gpu_check_")]:
         del sys.modules[name]

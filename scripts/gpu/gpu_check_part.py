@@ -2,7 +2,7 @@
 
 A part is a file `gpu_check_NAME.py` with `run(part)`. It runs in a process of its own:
 
-    python scripts/gpu_check_NAME.py --record FILE --work FOLDER --seconds S [--dry-run]
+    python scripts/gpu/gpu_check_NAME.py --record FILE --work FOLDER --seconds S [--dry-run]
 
 The record is written anew after each finding, so that a part that hangs or crashes leaves what it found before.
 """
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77  # exit status of a part that could not run here, its reason being the record's last note
 
 

@@ -102,7 +102,7 @@ class Check:
     def _run(self, plan: PartPlan, limit_s: float) -> Result:
         record, log = self.work / f"{plan.name}.json", self.work / "keep" / f"{plan.name}.log"
         command = list(plan.command) or [
-            sys.executable, "-B", str(ROOT / "scripts" / f"gpu_check_{plan.name}.py"), "--record", str(record),
+            sys.executable, "-B", str(ROOT / "scripts" / "gpu" / f"gpu_check_{plan.name}.py"), "--record", str(record),
             "--work", str(self.work), "--seconds", f"{limit_s - 3:.1f}", *(["--dry-run"] if self.dry else []),
         ]  # fmt: skip
         start, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")

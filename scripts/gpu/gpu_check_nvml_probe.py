@@ -54,7 +54,7 @@ class LoadProcess:
     def __init__(self, part: Part) -> None:
         words = ["--device", "cpu", "--side", "256"] if part.dry else []
         self._process = subprocess.Popen(
-            [sys.executable, "-B", str(ROOT / "scripts" / "gpu_check_load.py"), *words],
+            [sys.executable, "-B", str(ROOT / "scripts" / "gpu" / "gpu_check_load.py"), *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.ready = json.loads(self._line())
