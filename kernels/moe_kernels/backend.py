@@ -6,27 +6,34 @@ A module resolves its backend once, when it is built, and hands the name to ever
     y = expert_mlp(..., backend=backend)
 
 An explicit name always wins and is never replaced: asking for `triton` where it cannot run is a `KernelError`. Left to
-itself, a GPU that Triton cannot run on gets `torch`, and the log says so once. The first time Triton is resolved on a
-CUDA device, every op runs forward and backward on a tiny problem against the torch reference (see `selfcheck.py`): a
-kernel compiled wrongly stops the run instead of training on wrong gradients.
+itself, a GPU that Triton cannot run on gets `torch`, and the log says so once.
+
+Every op file registers a self-check when it is imported: the op forward and backward on a tiny problem, against the
+torch reference (see `agreement.py`). Resolving Triton on a CUDA device first runs those that have not passed there yet.
+An op resolves at each call, and its file imports those of the ops it is built of, so no kernel computes anything before
+it was checked: one that was compiled wrongly stops the run instead of training on wrong gradients.
 """
 
 import logging
+from threading import Lock
 
 import torch
 
 from . import _triton
+from .agreement import Check
 from .errors import KernelError
 
-__all__ = ["resolve"]
+__all__ = ["register_check", "registered_checks", "resolve"]
 
 _MIN_CAPABILITY = (8, 0)
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
 
-# (device name, triton version, torch version) whose kernels agreed with the reference in this process
-_checked: set[tuple[str, str, str]] = set()
+_checks: dict[str, Check] = {}  # by the name of the op
+# (op, device name, triton version, torch version) that agreed with the reference in this process
+_passed: set[tuple[str, str, str, str]] = set()
+_checking = Lock()
 
 
 def resolve(backend: str | None, device: torch.device | str) -> str:
@@ -79,15 +86,20 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _self_check(device: torch.device) -> None:
-    key = (torch.cuda.get_device_name(device), _triton.VERSION, torch.__version__)
-    if key in _checked:
-        return
-    _checked.add(key)  # first, because the check itself calls the ops, and they resolve again
-    try:
-        from .selfcheck import check_kernels
+def register_check(check: Check) -> None:
+    """Have this op checked before Triton is used; the last statement of each op file."""
+    _checks[check.op] = check
 
-        check_kernels(device)
-    except BaseException:
-        _checked.discard(key)
-        raise
+
+def registered_checks() -> list[Check]:
+    """The checks of the ops whose files were imported so far."""
+    return list(_checks.values())
+
+
+def _self_check(device: torch.device) -> None:
+    here = (torch.cuda.get_device_name(device), _triton.VERSION, torch.__version__)
+    with _checking:  # other threads wait for the verdict
+        for check in registered_checks():
+            if (check.op, *here) not in _passed:
+                check.run(device)
+                _passed.add((check.op, *here))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ._triton import on_device_of, tl, triton
-from .backend import resolve
+from .agreement import Check, D, F, Side
+from .backend import register_check, resolve
 from .errors import KernelError
 
 __all__ = ["grouped_gemm"]
@@ -346,3 +347,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple:
 
 
 _grouped_gemm.register_autograd(_backward, setup_context=_setup_context)
+
+
+# self-check
+
+
+def _probe(side: Side) -> dict[str, Tensor | None]:
+    """One expert has more rows than a tile; others have few, one or none."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.tensor([0, 1, 130, 0, 5, 17, 11, 3, 2, 2, 0, 0])
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    offsets[1:] = rows.cumsum(0)
+    n_rows = int(offsets[-1])
+    x = side.leaf(torch.randn(n_rows, D, generator=g))
+    w = side.leaf(torch.randn(len(rows), 2 * F, D, generator=g) / D**0.5)
+    y = _grouped_gemm(x, w, offsets.to(side.device), side.backend)
+    y.backward(side.put(torch.randn(n_rows, 2 * F, generator=g)), inputs=[x, w])
+    return {"y": y, "dx": x.grad, "dw": w.grad}
+
+
+register_check(Check("grouped_gemm", _probe))

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import resolve
+from .agreement import Check, D, E, F, K, Side, T
+from .backend import register_check, resolve
 from .combine import sum_slots
 from .dispatch import sort_rows
 from .errors import KernelError
@@ -214,3 +215,22 @@ def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+# self-check
+
+
+def _probe(side: Side) -> dict[str, Tensor | None]:
+    """The last two experts stay empty."""
+    g = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)]).to(side.device)
+    x = side.leaf(torch.randn(T, D, generator=g))
+    gate_up = side.leaf(torch.randn(E, 2 * F, D, generator=g) / D**0.5)
+    down = side.leaf(torch.randn(E, D, F, generator=g) / F**0.5)
+    weight = torch.rand(T, K, generator=g).to(side.device).requires_grad_()  # fp32 on both sides
+    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, side.backend)
+    y.backward(side.put(torch.randn(T, D, generator=g)), inputs=[x, gate_up, down, weight])
+    return {"y": y, "dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
+
+
+register_check(Check("expert_mlp", _probe))

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import resolve
+from .agreement import Check, E, K, Side, T
+from .backend import register_check, resolve
 from .errors import KernelError
 from .routing_backward import route_backward
 from .routing_forward import route_forward
@@ -197,3 +198,29 @@ def _backward(
 
 
 _topk_route.register_autograd(_backward, setup_context=_setup_context)
+
+
+# self-check
+
+
+def _probe(side: Side) -> dict[str, Tensor | None]:
+    """Both score functions, with and without groups and bias. Logits take few distinct values, so that many tie."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(T, E, generator=g).mul(4).round().div(4)
+    g_weight, g_scores = side.put(torch.randn(T, K, generator=g)), side.put(torch.randn(T, E, generator=g))
+    # Sums of a group's scores may differ in the last bit between devices, so the bias keeps groups apart.
+    bias = side.put(torch.arange(E) // 3 * 2.0)
+    results: dict[str, Tensor | None] = {}
+    for case, given in {
+        "greedy": (None, K, "sigmoid", "greedy", 1, 1, True, 1.0),
+        "noaux_tc": (bias, K, "softmax", "noaux_tc", 4, 2, False, 2.5),
+    }.items():
+        logits = side.leaf(values)
+        weight, scores, index, counts = _topk_route(logits, *given, side.backend)
+        torch.autograd.backward([weight, scores], [g_weight, g_scores], inputs=[logits])
+        found = {"weight": weight, "scores": scores, "index": index, "counts": counts, "d_logits": logits.grad}
+        results |= {f"{name} ({case})": value for name, value in found.items()}
+    return results
+
+
+register_check(Check("topk_route", _probe, {torch.float32: 1e-5}))

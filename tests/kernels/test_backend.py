@@ -2,6 +2,11 @@
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import torch
 import moe_kernels
 from moe_kernels import KernelError, resolve
 from moe_kernels import backend as backend_module
+from moe_kernels.selfcheck import check_kernels
 
 
 def run(code: str) -> str:
@@ -52,7 +58,7 @@ def test_triton_on_cpu_is_refused_not_replaced() -> None:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
-    monkeypatch.setattr(backend_module, "_checked", set())
+    monkeypatch.setattr(backend_module, "_passed", set())
     monkeypatch.setattr(backend_module, "_said", set())
 
 
@@ -67,13 +73,16 @@ def test_old_gpus_get_torch_by_default_and_refuse_triton(
         resolve("triton", "cuda")
 
 
+def pretend_checks(monkeypatch: pytest.MonkeyPatch, **runs: Callable[[torch.device], None]) -> None:
+    checks = {op: SimpleNamespace(op=op, run=run) for op, run in runs.items()}
+    monkeypatch.setattr(backend_module, "_checks", checks)
+
+
 def test_self_check_runs_once_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once per device, triton and torch; a failure is not remembered as a pass, and never becomes torch silently."""
-    from moe_kernels import selfcheck
-
     pretend_gpu(monkeypatch, (9, 0))
     calls: list[Any] = []
-    monkeypatch.setattr(selfcheck, "check_kernels", calls.append)
+    pretend_checks(monkeypatch, expert_mlp=calls.append)
     assert resolve(None, "cuda:0") == resolve("triton", "cuda:0") == "triton"
     assert calls == [torch.device("cuda:0")]
 
@@ -81,10 +90,61 @@ def test_self_check_runs_once_and_again_after_a_failure(monkeypatch: pytest.Monk
         raise KernelError("expert_mlp dx is off")
 
     pretend_gpu(monkeypatch, (9, 0))
-    monkeypatch.setattr(selfcheck, "check_kernels", fails)
+    pretend_checks(monkeypatch, expert_mlp=fails)
     for _ in range(2):
         with pytest.raises(KernelError, match="dx is off"):
             resolve(None, "cuda:0")
+
+
+def test_an_op_loaded_later_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has passed is not run again, what came since is; the torch backend runs none."""
+    pretend_gpu(monkeypatch, (9, 0))
+    calls: list[str] = []
+    pretend_checks(monkeypatch, early=lambda device: calls.append("early"))
+    resolve(None, "cuda")
+    backend_module.register_check(SimpleNamespace(op="late", run=lambda device: calls.append("late")))  # type: ignore[arg-type]
+    resolve("torch", "cuda")
+    assert calls == ["early"]
+    resolve(None, "cuda")
+    resolve(None, "cuda")
+    assert calls == ["early", "late"]
+
+
+def test_threads_wait_for_one_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to use triton before the check has passed, and it runs once for all."""
+    pretend_gpu(monkeypatch, (9, 0))
+    started, release, calls = threading.Event(), threading.Event(), []
+
+    def slow(device: Any) -> None:
+        calls.append(device)
+        started.set()
+        assert release.wait(30)
+
+    pretend_checks(monkeypatch, expert_mlp=slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(resolve, None, "cuda:0")
+        assert started.wait(30)
+        second = pool.submit(resolve, None, "cuda:0")
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.1)
+        release.set()
+        assert first.result(30) == second.result(30) == "triton"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "checked"),
+    [
+        ("topk_route", "topk_route"),
+        ("sort_by_expert", "sort_by_expert"),
+        ("grouped_gemm", "grouped_gemm"),
+        ("expert_mlp", "expert_mlp grouped_gemm sort_by_expert"),
+    ],
+)
+def test_using_an_op_checks_it_and_what_it_is_built_of(op: str, checked: str) -> None:
+    """An op cannot be had without its own check and those of its parts."""
+    names = "sorted(check.op for check in moe_kernels.backend.registered_checks())"
+    assert run(f"import moe_kernels; moe_kernels.{op}; print(*{names})") == checked
 
 
 WITHOUT_TRITON = """
@@ -115,31 +175,48 @@ def test_everything_but_triton_works_without_triton() -> None:
 @pytest.mark.interpreter
 def test_self_check_passes_here() -> None:
     """The kernels agree with torch in the interpreter, and it may be asked for on CPU tensors."""
-    from moe_kernels.selfcheck import check_kernels
-
     assert resolve("triton", "cpu") == "triton"
     assert resolve(None, "cpu") == "torch"
     check_kernels("cpu")
 
 
 @pytest.mark.interpreter
+def test_self_check_minds_no_mode_of_the_caller() -> None:
+    """The first use may come in inference, under autocast, or where new tensors go elsewhere."""
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        check_kernels("cpu")
+
+
+@pytest.mark.interpreter
+def test_self_check_resolves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resolving waits for the check, so a check that resolved would wait for ever."""
+
+    def refuse(*args: Any) -> str:
+        raise AssertionError("resolved")
+
+    for file in ("dispatch", "gemm", "mlp", "routing"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "resolve", refuse)
+    check_kernels("cpu")
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("file", "function", "wrong"),
+    ("op", "file", "function", "wrong"),
     [
-        ("gemm", "_launch_wgrad", "expert_mlp dgate_up"),
-        ("swiglu", "_backward_triton", "expert_mlp dx"),
-        ("combine", "_sum_triton", "expert_mlp y"),
-        ("routing_backward", "_backward_triton", "topk_route d_logits"),
+        ("grouped_gemm", "gemm", "_launch_gemm", "y"),
+        ("grouped_gemm", "gemm", "_launch_wgrad", "dw"),
+        ("expert_mlp", "gemm", "_launch_wgrad", "dgate_up"),
+        ("expert_mlp", "swiglu", "_forward_triton", "y"),
+        ("expert_mlp", "swiglu", "_backward_triton", "dx"),
+        ("expert_mlp", "combine", "_sum_triton", "y"),
+        ("topk_route", "routing_forward", "_forward_triton", "weight"),
+        ("topk_route", "routing_backward", "_backward_triton", "d_logits"),
     ],
 )
 def test_self_check_catches_a_kernel_one_percent_off(
-    monkeypatch: pytest.MonkeyPatch, file: str, function: str, wrong: str
+    monkeypatch: pytest.MonkeyPatch, op: str, file: str, function: str, wrong: str
 ) -> None:
     """A gradient that is wrong by a percent would go unnoticed in a loss curve."""
-    from importlib import import_module
-
-    from moe_kernels.selfcheck import check_kernels
-
     module = import_module(f"moe_kernels.{file}")
     right = getattr(module, function)
 
@@ -148,11 +225,30 @@ def test_self_check_catches_a_kernel_one_percent_off(
         return (out[0] * 1.01, *out[1:]) if isinstance(out, tuple) else out * 1.01
 
     monkeypatch.setattr(module, function, off)
-    with pytest.raises(KernelError, match=wrong):
+    with pytest.raises(KernelError, match=f"{op} {wrong} "):
+        backend_module._checks[op].run(torch.device("cpu"))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("position", [0, 1], ids=["order", "offsets"])
+def test_self_check_catches_one_row_out_of_place(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
+    """Sorting has no one percent: a single wrong index is one too many."""
+    from moe_kernels import dispatch
+
+    right = dispatch._sort_triton
+
+    def off(*args: Any) -> Any:
+        out = right(*args)
+        out[position][3] += 1
+        return out
+
+    monkeypatch.setattr(dispatch, "_sort_triton", off)
+    with pytest.raises(KernelError, match="sort_by_expert"):
         check_kernels("cpu")
 
 
 @pytest.mark.gpu
 def test_self_check_passes_on_this_gpu() -> None:
     """What a first use on this device runs."""
+    assert len(backend_module.registered_checks()) == 4
     assert resolve(None, "cuda") == "triton"

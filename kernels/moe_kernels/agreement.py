@@ -1,0 +1,95 @@
+"""Does Triton compute here what torch computes? What the self-checks of the ops share.
+
+Compilers have miscompiled gradients on new devices without a word, and a loss curve shows it late or never. So each op
+file has, beside its kernels, a probe: the op forward and backward on a tiny problem, small enough for the first use in
+every process. The problems are odd-sized, with experts that have no rows and with ties between scores. A probe runs on
+both sides and everything it returns must agree.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import VERSION
+from .errors import KernelError
+
+__all__ = ["Check", "D", "E", "F", "K", "Probe", "Side", "T"]
+
+T, D, F, E, K = 37, 40, 24, 12, 3
+
+# Largest error allowed, relative to the largest value of the reference: room for sums in another order and one rounding
+# of intermediates to the dtype, far below what a wrong or missing tile gives.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+
+
+class Side(NamedTuple):
+    """Where a probe runs: the torch reference, on CPU in fp32, or Triton, on the device in the dtype under test."""
+
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    tested_dtype: torch.dtype
+
+    def put(self, value: Tensor) -> Tensor:
+        """`value` on this side, rounded to the tested dtype first, so that both sides see the same numbers."""
+        return value.to(self.tested_dtype).to(self.device, self.dtype, copy=True)
+
+    def leaf(self, value: Tensor) -> Tensor:
+        """The same, to be differentiated in."""
+        return self.put(value).requires_grad_()
+
+
+# Runs an op and returns its results and gradients by name. It calls the library op, which takes the backend as given:
+# the public function would resolve it, and resolving is what waits for the check.
+Probe = Callable[[Side], Mapping[str, Tensor | None]]
+
+
+class Check(NamedTuple):
+    """The self-check of one op."""
+
+    op: str
+    probe: Probe
+    tolerance: Mapping[torch.dtype, float] = _TOLERANCE  # of each dtype to test; integers must be equal
+
+    def run(self, device: torch.device) -> None:
+        """Raise KernelError if Triton disagrees with the torch reference on this device."""
+        cpu = torch.device("cpu")
+        with _plain_torch(device):
+            for dtype, tolerance in self.tolerance.items():
+                if device.type == "cpu" and dtype == torch.bfloat16:
+                    continue  # the interpreter's bf16 product is not right; it is not the compiler under test either
+                wanted = self.probe(Side("torch", cpu, torch.float32, dtype))
+                found = self.probe(Side("triton", device, dtype, dtype))
+                for name, want in wanted.items():
+                    _compare(f"{self.op} {name}", want, found[name], tolerance, device)
+
+
+@contextmanager
+def _plain_torch(device: torch.device) -> Iterator[None]:
+    """Whatever modes the caller is in, new tensors lie on CPU, have gradients and keep their dtype."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        modes.enter_context(torch.device("cpu"))
+        yield
+
+
+def _compare(what: str, want: Tensor | None, got: Tensor | None, tolerance: float, device: torch.device) -> None:
+    assert want is not None
+    assert got is not None
+    if want.is_floating_point():
+        what = f"{what} in {str(got.dtype).removeprefix('torch.')}"
+    else:
+        tolerance = 0.0
+    want, got = want.detach().double(), got.detach().cpu().double()
+    error = ((want - got).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+    if not error <= tolerance:  # also when it is NaN
+        raise KernelError(
+            f"{what} computed by triton {VERSION} on {device} is off by {error:.1e} of its largest value "
+            f"(at most {tolerance:.0e} expected): pass backend='torch' or install another triton"
+        )
