@@ -11,7 +11,7 @@ from typing import Any
 from gpu_check_part import ROOT, Part, main
 
 NOTHING_SELECTED = 5  # pytest's exit status for files without a GPU test
-SELF_CHECK = "from moe_kernels.backend import resolve; print('backend:', resolve(None, 'cuda'))"
+SELF_CHECK = "import moe_kernels.selfcheck; from moe_kernels import resolve; print('backend:', resolve(None, 'cuda'))"
 # without a GPU the self-check runs in Triton's interpreter, which must be chosen before triton is imported
 DRY_SELF_CHECK = "from moe_kernels.selfcheck import check_kernels; check_kernels('cpu'); print('backend: interpreter')"
 
