@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.layers import FeedForward, GroupedQueryAttention, MoE, MultiHeadLatentAttention
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, rotary_tables
+from moe.layers.rope import Rotary, Yarn, rotary_tables
 from moe.rundir import write_json
 
 __all__ = ["DecoderLayer", "ModelOutput", "Transformer"]
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta)
+        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, _yarn(self.config))
         x_BSD = self.embed_tokens(input_ids)
         for layer in self.layers:
             x_BSD = layer(x_BSD, rotary)
@@ -147,6 +147,7 @@ def _attention(config: ModelConfig) -> nn.Module:
             qk_norm=config.qk_norm,
             attention_bias=config.attention_bias,
             rope_theta=config.rope_theta,
+            yarn=_yarn(config),
             rms_norm_eps=config.rms_norm_eps,
         )
     return MultiHeadLatentAttention(
@@ -159,7 +160,21 @@ def _attention(config: ModelConfig) -> nn.Module:
         config.q_lora_rank,
         attention_bias=config.attention_bias,
         rope_theta=config.rope_theta,
+        yarn=_yarn(config),
         rms_norm_eps=config.rms_norm_eps,
+    )
+
+
+def _yarn(config: ModelConfig) -> Yarn | None:
+    if config.rope_factor == 1.0:
+        return None
+    return Yarn(
+        factor=config.rope_factor,
+        original_max_position_embeddings=config.rope_original_max_position_embeddings,
+        beta_fast=config.rope_beta_fast,
+        beta_slow=config.rope_beta_slow,
+        mscale=config.rope_mscale,
+        mscale_all_dim=config.rope_mscale_all_dim,
     )
 
 

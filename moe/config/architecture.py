@@ -35,7 +35,19 @@ class Architecture(Section):
         "none", doc="gqa: RMSNorm of queries and keys, per head or over all heads together"
     )
     attention_bias: bool = setting(False, doc="biases in the attention projections")
-    rope_theta: float = setting(10000.0, above=0, doc="base of the rotary frequencies")
+    rope_theta: float = setting(10000.0, above=1, doc="base of the rotary frequencies")
+    rope_factor: float = setting(1.0, at_least=1, doc="YaRN: how far positions are stretched; 1 for not at all")
+    rope_original_max_position_embeddings: int = setting(4096, at_least=1, doc="YaRN: context before stretching")
+    rope_beta_fast: float = setting(
+        32.0, above=0, doc="YaRN: pairs that turn more often than this keep their frequency"
+    )
+    rope_beta_slow: float = setting(
+        1.0, above=0, doc="YaRN: pairs that turn less often than this are slowed down fully"
+    )
+    rope_mscale: float = setting(0.0, at_least=0, doc="YaRN: sharpening of the rotary tables; 0 for the usual")
+    rope_mscale_all_dim: float = setting(
+        0.0, at_least=0, doc="YaRN: sharpening of latent attention's softmax; 0 for none"
+    )
 
     n_routed_experts: int = setting(0, at_least=0, doc="routed experts a layer; 0 for a dense model")
     n_shared_experts: int = setting(0, at_least=0, doc="experts every token passes, as one SwiGLU of that many widths")
@@ -60,12 +72,17 @@ class Architecture(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_rope()
         if self.attention == "mla":
             self._check_mla()
         else:
             self._check_gqa()
         if self.n_routed_experts:
             self._check_experts()
+
+    def _check_rope(self) -> None:
+        if self.rope_beta_fast < self.rope_beta_slow:
+            self.fail("rope_beta_fast", f"must not be below rope_beta_slow ({self.rope_beta_slow:g})")
 
     def _check_mla(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):

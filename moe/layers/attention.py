@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, apply_rotary, rotary_tables
+from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
 
 __all__ = ["GroupedQueryAttention"]
 
@@ -23,6 +23,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
         attention_bias: biases in the four projections.
         rope_theta: base of the rotary frequencies (pairs are halves).
+        yarn: stretching of the positions; None for none.
         rms_norm_eps: epsilon of the norms.
     """
 
@@ -36,6 +37,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: Literal["none", "head", "full"] = "none",
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
+        yarn: Yarn | None = None,
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -43,6 +45,7 @@ class GroupedQueryAttention(nn.Module):
         self.num_kv_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rope_theta = rope_theta
+        self.yarn = yarn
         self.qk_norm = qk_norm
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
@@ -62,7 +65,8 @@ class GroupedQueryAttention(nn.Module):
         """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
         batch, length, _ = x_BSD.shape
         if rotary is None:
-            rotary = rotary_tables(torch.arange(length, device=x_BSD.device)[None], self.rotary_dim, self.rope_theta)
+            positions = torch.arange(length, device=x_BSD.device)[None]
+            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.yarn)
         query, key, value = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)

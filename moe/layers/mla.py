@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, apply_rotary, rotary_tables
+from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -27,6 +27,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_lora_rank: rank of the query projection; None for a full matrix.
         attention_bias: biases in the down-projections and the output projection, as in Hugging Face's DeepseekV3.
         rope_theta: base of the rotary frequencies.
+        yarn: stretching of the positions; None for none.
         rms_norm_eps: epsilon of the latent norms.
     """
 
@@ -42,6 +43,7 @@ class MultiHeadLatentAttention(nn.Module):
         *,
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
+        yarn: Yarn | None = None,
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -51,7 +53,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
+        self.softmax_scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0)
         self.rope_theta = rope_theta
+        self.yarn = yarn
         q_width = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
             self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
@@ -73,7 +77,8 @@ class MultiHeadLatentAttention(nn.Module):
         """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
         batch, length, _ = x_BSD.shape
         if rotary is None:
-            rotary = rotary_tables(torch.arange(length, device=x_BSD.device)[None], self.rotary_dim, self.rope_theta)
+            positions = torch.arange(length, device=x_BSD.device)[None]
+            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.yarn)
         query = self._query(x_BSD).view(batch, length, self.num_heads, -1).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
@@ -84,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, interleaved=True)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def _query(self, x_BSD: Tensor) -> Tensor:

@@ -1,23 +1,74 @@
-"""Rotary position embedding (Su et al., arXiv:2104.09864).
+"""Rotary position embedding (arXiv:2104.09864), and YaRN for longer contexts (arXiv:2309.00071).
 
 A pair of coordinates (a, b) of a query or key at position p is turned by the angle p * theta^(-2i/d), i the pair's
 number, so that the product of a query and a key depends on their distance alone. Two layouts of the pairs exist:
 neighbours (0,1), (2,3), … (DeepSeek; `interleaved=True`) and halves (0,d/2), (1,d/2+1), … (Llama).
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "apply_rotary", "rotary_tables"]
+__all__ = ["Rotary", "Yarn", "apply_rotary", "rotary_tables"]
 
 Rotary = tuple[Tensor, Tensor]
 
 
-def rotary_tables(position_ids: Tensor, dim: int, theta: float) -> Rotary:
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Stretches the positions a model was trained on by `factor`.
+
+    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` keep their frequency, those
+    that turn less than `beta_slow` times are slowed down by `factor`, and those between are blended linearly. Attention
+    grows flatter over more positions; 0.1 * m * ln(factor) + 1 sharpens it again, with m = `mscale` on the tables over
+    the same with `mscale_all_dim`, and DeepSeek's softmax scale takes the square of the latter.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def table_scale(self) -> float:
+        """What cosines and sines are multiplied by; m = 1 where no two scales are given."""
+        if self.mscale and self.mscale_all_dim:
+            return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
+        return self._sharpening(1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What latent attention's softmax scale is multiplied by (DeepSeek-V2 and V3)."""
+        return self._sharpening(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def slow_down(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
+        """The frequencies of `dim` / 2 pairs after stretching."""
+        low = max(math.floor(self._pair_turning(self.beta_fast, dim, theta)), 0)
+        high = min(math.ceil(self._pair_turning(self.beta_slow, dim, theta)), dim - 1)
+        pairs = torch.arange(dim // 2, device=inverse.device, dtype=torch.float32)
+        slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return inverse / self.factor * slowed + inverse * (1 - slowed)
+
+    def _pair_turning(self, turns: float, dim: int, theta: float) -> float:
+        """Number of the pair that turns `turns` times within the original context."""
+        return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def _sharpening(self, m: float) -> float:
+        return 0.1 * m * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+def rotary_tables(position_ids: Tensor, dim: int, theta: float, yarn: Yarn | None = None) -> Rotary:
     """Cosines and sines, each (*position_ids.shape, dim / 2) in fp32, for integer positions and an even `dim`."""
     inverse = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
+    scale = 1.0
+    if yarn is not None:
+        inverse, scale = yarn.slow_down(inverse, dim, theta), yarn.table_scale
     angles = position_ids.to(torch.float32).unsqueeze(-1) * inverse
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, *, interleaved: bool) -> Tensor:

@@ -27,6 +27,14 @@ def _hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
+def _rope(config: ModelConfig) -> dict[str, object]:
+    if config.rope_factor == 1.0:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    yarn = {name: getattr(config, f"rope_{name}") for name in names}
+    return {"rope_type": "yarn", "rope_theta": config.rope_theta, **{k: v for k, v in yarn.items() if v}}
+
+
 def _deepseek_v3(config: ModelConfig) -> nn.Module:
     """Hugging Face's class knows no model without experts; layers before first_k_dense_replace are dense."""
     settings = {**COMMON, **MLA, **MOE, "intermediate_size": config.intermediate_size}
@@ -41,6 +49,7 @@ def _deepseek_v3(config: ModelConfig) -> nn.Module:
             first_k_dense_replace=config.first_k_dense_replace if config.is_moe else config.num_hidden_layers,
             attention_bias=config.attention_bias,
             rope_interleave=True,
+            rope_parameters=_rope(config),
         )
     )
 
@@ -49,7 +58,7 @@ def _llama(config: ModelConfig) -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **COMMON, num_key_value_heads=config.num_key_value_heads, attention_bias=config.attention_bias,
-            tie_word_embeddings=config.tie_word_embeddings,
+            rope_parameters=_rope(config), tie_word_embeddings=config.tie_word_embeddings,
         )
     )  # fmt: skip
 
@@ -64,10 +73,13 @@ def _qwen3(config: ModelConfig) -> nn.Module:
 
 
 MOE_MODEL = ModelConfig(**COMMON, **MLA, **MOE, first_k_dense_replace=1, routed_scaling_factor=2.5)
+YARN = dict(rope_factor=8.0, rope_original_max_position_embeddings=16, rope_beta_fast=4.0, rope_theta=500.0)
 CASES: dict[str, tuple[ModelConfig, Callable[[ModelConfig], nn.Module]]] = {
     "deepseek-v3": (MOE_MODEL, _deepseek_v3),
     "deepseek-v3-groups": (MOE_MODEL.replace(n_group=4, topk_group=2), _deepseek_v3),
     "deepseek-v3-q-lora-biases": (MOE_MODEL.replace(q_lora_rank=16, attention_bias=True), _deepseek_v3),
+    "deepseek-v3-yarn": (MOE_MODEL.replace(**YARN, rope_mscale=1.0, rope_mscale_all_dim=0.7), _deepseek_v3),
+    "llama-yarn": (ModelConfig(**COMMON, **YARN, attention="gqa"), _llama),
     "deepseek-v3-dense-twin": (MOE_MODEL.dense_twin(), _deepseek_v3),
     "llama": (ModelConfig(**COMMON, attention="gqa", num_key_value_heads=2), _llama),
     "llama-tied": (ModelConfig(**COMMON, attention="gqa", tie_word_embeddings=True, attention_bias=True), _llama),
