@@ -1,5 +1,6 @@
 """The transformer: embedding, decoder layers, norm, head; and its directory of config.json + safetensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import accounting
+from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
+from moe.generate import generate
 from moe.layers import FeedForward, GroupedQueryAttention, MoE, MultiHeadLatentAttention
+from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Yarn, rotary_tables
 from moe.rundir import write_json
@@ -41,8 +45,10 @@ class DecoderLayer(nn.Module):
             else FeedForward(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary)
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, memory)
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
@@ -66,23 +72,53 @@ class Transformer(nn.Module):
         self._initialise()
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> ModelOutput:
         """Logits (B, S, vocab) for token ids (B, S); with labels also the loss.
 
         Args:
             labels: (B, S), the ids themselves with -100 where no loss is wanted; shifted here, so position s is scored
                 against label s + 1.
-            position_ids: (B, S) integers; None for 0 … S-1.
+            position_ids: (B, S) integers; None for 0 … S-1, or for those that follow the cached tokens.
+            cache: earlier tokens of these sequences, to attend to; the new ones are added to it.
         """
+        length = input_ids.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            position_ids = cache.positions(length) if cache else torch.arange(length, device=input_ids.device)[None]
+        mask = cache.mask(length) if cache else None
         rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, _yarn(self.config))
         x_BSD = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, rotary)
+        for number, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD, rotary, mask, cache.layer(number) if cache else None)
+        if cache:
+            cache.advance(length)
         logits = self.lm_head(self.norm(x_BSD))
         return ModelOutput(logits, None if labels is None else _next_token_loss(logits, labels))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        end_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """Continue token-id prompts of any lengths over a compressed cache; see `moe.generate`."""
+        weight = self.embed_tokens.weight
+        training = self.training
+        self.eval()
+        try:
+            return generate(
+                self, prompts, max_new_tokens, temperature=temperature, end_token=end_token, generator=generator,
+                device=weight.device, dtype=weight.dtype,
+            )  # fmt: skip
+        finally:
+            self.train(training)
 
     def num_parameters(self, active: bool = False) -> int:
         """Parameters by `moe.accounting`: with `active=True` those one token passes, without the input embedding."""

@@ -23,8 +23,9 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.rundir", "moe.config", "moe.accounting"},),
     ({"moe.balance", "moe.parallel", "moe.parallel.ranks", "moe.parallel.all_to_all"},),
     ({"moe.layers"},),
-    ({"moe.model", "moe.cache"},),
-    ({"moe.generate", "moe.balancer", "moe.data", "moe.optim", "moe.schedule", "moe.checkpoint"},),
+    ({"moe.cache", "moe.generate"},),  # below the model, whose generate() is a method
+    ({"moe.model"},),
+    ({"moe.balancer", "moe.data", "moe.optim", "moe.schedule", "moe.checkpoint"},),
     ({"moe.parallel.engine", "moe.tracking"},),
     ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}),
     ({"moe.cli"},),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
 
@@ -61,8 +62,16 @@ class GroupedQueryAttention(nn.Module):
         """Width the rotary tables must be made for."""
         return self.head_dim
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D).
+
+        Args:
+            rotary: tables for these positions; None for positions 0 … S-1.
+            mask: (B or 1, 1, S, keys) bool, true where a query may attend; None for all earlier tokens and itself.
+            memory: where to store these tokens' keys and values, and find those of earlier ones.
+        """
         batch, length, _ = x_BSD.shape
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
@@ -75,7 +84,13 @@ class GroupedQueryAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = apply_rotary(query, rotary, interleaved=False), apply_rotary(key, rotary, interleaved=False)
+        if memory is not None:
+            end = memory.start + length
+            memory.store[0, :, :, memory.start : end] = key
+            memory.store[1, :, :, memory.start : end] = value
+            key, value = memory.store[:, :, :, :end].unbind()
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
-        )
+            query, key, value, attn_mask=mask, is_causal=mask is None and length == key.shape[2],
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )  # fmt: skip
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))

@@ -4,10 +4,13 @@ Keys and values of all heads come from one latent of `kv_lora_rank` numbers a to
 `qk_rope_head_dim` numbers is shared by all heads; the two together are all a decoder must remember of a token.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
 
@@ -73,8 +76,19 @@ class MultiHeadLatentAttention(nn.Module):
         """Width the rotary tables must be made for."""
         return self.qk_rope_head_dim
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """(B, S, D) to (B, S, D). `rotary`: tables for these positions; None for positions 0 … S-1."""
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D).
+
+        Keys and values are expanded from the latents for training and for a prompt; tokens that follow stored ones
+        attend in latent space instead (absorbed), where nothing of the past is expanded again.
+
+        Args:
+            rotary: tables for these positions; None for positions 0 … S-1.
+            mask: (B or 1, 1, S, keys) bool, true where a query may attend; None for all earlier tokens and itself.
+            memory: where to store these tokens' latents and rotary keys, and find those of earlier ones.
+        """
         batch, length, _ = x_BSD.shape
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
@@ -82,15 +96,48 @@ class MultiHeadLatentAttention(nn.Module):
         query = self._query(x_BSD).view(batch, length, self.num_heads, -1).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent))
-        expanded = expanded.view(batch, length, self.num_heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
         q_rope = apply_rotary(q_rope, rotary, interleaved=True)
         k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, interleaved=True)
-        query = torch.cat((q_nope, q_rope), dim=-1)
-        key = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale)
+        if memory is not None:
+            end = memory.start + length
+            memory.store[:, memory.start : end] = torch.cat((latent, k_rope.squeeze(1)), dim=-1)
+        if memory is not None and memory.start > 0:
+            mixed = self._attend_absorbed(q_nope, q_rope, memory.store[:, :end], mask)
+        else:
+            mixed = self._attend_expanded(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def _attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over keys and values of every head; (B, H, S, v_head_dim)."""
+        batch, heads, length, _ = q_nope.shape
+        expanded = self.kv_b_proj(latent).view(batch, length, heads, -1).transpose(1, 2)
+        k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+        )
+
+    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
+        """The same over stored latents (B, keys, C + R); (B, H, S, v_head_dim).
+
+        A key is W_UK c, so q . (W_UK c) = (W_UK^T q) . c: the query goes into latent space once, and all heads read
+        the one stored row. Likewise the values are mixed as latents and expanded once, after mixing.
+        """
+        batch, heads, length, _ = q_nope.shape
+        up = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank)
+        up_key, up_value = up.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        query = torch.cat((torch.matmul(q_nope, up_key.to(q_nope.dtype)), q_rope), dim=-1)
+        scores = torch.matmul(query.flatten(1, 2), stored.transpose(1, 2)).view(batch, heads, length, -1)
+        scores = scores.float() * self.softmax_scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(-1).to(stored.dtype)
+        mixed = torch.matmul(weights.flatten(1, 2), stored[..., : self.kv_lora_rank]).view(batch, heads, length, -1)
+        return torch.matmul(mixed, up_value.transpose(1, 2).to(mixed.dtype))
 
     def _query(self, x_BSD: Tensor) -> Tensor:
         if self.q_lora_rank is None:
