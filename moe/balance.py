@@ -1,6 +1,7 @@
-"""Load balancing as pure tensor functions: loads in, biases and measures out.
+"""Load balancing as pure tensor functions: loads and scores in; biases, losses and measures out.
 
-Loads are `tokens_per_expert`: how many routed rows each of E experts was given.
+Loads are `tokens_per_expert`: how many routed rows each of E experts was given. Scores (T, E) are a router's unbiased
+scores of T tokens; the losses need them differentiable. Letters: T tokens, E experts, K chosen per token.
 """
 
 import math
@@ -8,16 +9,50 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["entropy", "max_vio", "sign_update"]
+__all__ = ["entropy", "load_balancing_loss", "max_vio", "sequence_loss", "sign_update", "z_loss"]
 
 
-def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float) -> Tensor:
+def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *, centre: bool = False) -> Tensor:
     """The bias after one step: b_i + speed * sign(mean load - load_i) (arXiv:2408.15664, Algorithm 1).
 
-    Both (E,); the bias fp32. An expert at the mean exactly keeps its bias.
+    Both (E,); the bias fp32. An expert at the mean exactly keeps its bias. With `centre` the mean of the steps over
+    experts is subtracted from each: selection is the same, and the biases' mean stays where it is.
     """
     load = tokens_per_expert.to(torch.float32)
-    return expert_bias + speed * torch.sign(load.mean() - load)
+    direction = torch.sign(load.mean() - load)
+    return expert_bias + speed * (direction - direction.mean() if centre else direction)
+
+
+def load_balancing_loss(scores_TE: Tensor, tokens_per_expert: Tensor, top_k: int) -> Tensor:
+    """E * sum_i f_i P_i (arXiv:2101.03961 eqs 4-6), with f_i = load_i / (K T) and P_i the mean normalised score.
+
+    1 at perfect balance, whatever K; E / K when every token chooses the same experts with all its score. Gradients
+    pass through P alone.
+    """
+    share = tokens_per_expert.to(torch.float32) / (top_k * scores_TE.shape[0])
+    return scores_TE.shape[1] * (share * _normalised(scores_TE).mean(0)).sum()
+
+
+def sequence_loss(scores_TE: Tensor, top_k: int, sequences: int = 1) -> Tensor:
+    """DeepSeek-V3's balance loss within a sequence (arXiv:2412.19437 eqs 17-20) over its alpha; mean over sequences.
+
+    The T tokens are `sequences` sequences of equal length, one after another. f_i = E / (K S) times the tokens of the
+    sequence whose K largest *unbiased* scores include i, regardless of groups; P_i the sequence's mean normalised
+    score. 1 at perfect balance.
+    """
+    experts = scores_TE.shape[1]
+    scores_BSE = scores_TE.view(sequences, -1, experts)
+    chosen = torch.zeros_like(scores_BSE).scatter_(-1, scores_BSE.detach().topk(top_k, dim=-1).indices, 1.0)
+    return ((chosen.mean(1) * experts / top_k) * _normalised(scores_BSE).mean(1)).sum(-1).mean()
+
+
+def z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906 eq. 5): keeps router logits small."""
+    return logits_TE.to(torch.float32).logsumexp(-1).square().mean()
+
+
+def _normalised(scores: Tensor) -> Tensor:
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
 def max_vio(tokens_per_expert: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe import balance
 from moe.config import BalanceConfig
 from moe.errors import ConfigError
+from moe.layers.router import LossWeights, Router
 from moe.parallel.ranks import all_reduce_sum
 
 __all__ = ["Balancer", "Load", "LoadCounter", "find_routers"]
@@ -47,16 +48,34 @@ class Balancer:
     Call `step()` after each optimizer step, or `skip()` when the step was skipped. The loads of all routers and all
     micro-batches travel in one all-reduce; every rank then computes the same biases bit for bit.
 
+    Losses (`aux_loss_alpha` and so on, see `moe.config.BalanceConfig`) are asked of the routers, which are
+    `moe.layers.Router`: a Transformer gives them as `ModelOutput.balance_loss`, other models by
+    `moe.layers.router.take_balance_loss(model)` after each forward.
+
     Raises:
-        ConfigError: `method="sign"` and a router has no expert bias to move.
+        ConfigError: a field is out of its range, or a router cannot be balanced by this method.
     """
 
     def __init__(self, model: nn.Module, *, method: str = "sign", bias_update_speed: float = 1e-3) -> None:
-        self._config = BalanceConfig(method=method, bias_update_speed=bias_update_speed)  # type: ignore[arg-type]
         self._routers = find_routers(model)
+        self.configure(BalanceConfig(method=method, bias_update_speed=bias_update_speed))  # type: ignore[arg-type]
+
+    def configure(self, config: BalanceConfig) -> None:
+        """Balance by this section from the next forward on."""
         for name, router in self._routers.items():
-            if method == "sign" and router.expert_bias is None:
-                raise ConfigError(f"balance.method='sign' needs an expert bias, and router {name!r} has none; use none")
+            if config.moves_biases and router.expert_bias is None:
+                raise ConfigError(
+                    f"balance.method={config.method!r} needs an expert bias, and router {name!r} has none; use none"
+                )
+            if isinstance(router, Router):
+                config.check_router(router.n_group, router.num_experts_per_tok, router.weight.shape[0])
+            elif config.method == "quantile" or config.has_losses:
+                raise ConfigError(f"router {name!r} is not a moe.layers.Router: balance it by balance.method='sign'")
+        self._config = config
+        weights = LossWeights(config.aux_loss_alpha, config.sequence_loss_alpha, config.z_loss_alpha)
+        for router in self._routers.values():
+            if isinstance(router, Router):
+                router.loss_weights = weights if config.has_losses else None
 
     def step(self) -> Load:
         """Update every bias from the load since the last step, clear the load, and return it."""
@@ -66,7 +85,9 @@ class Balancer:
                 for name, counts in load.tokens_per_expert.items():
                     bias = self._routers[name].expert_bias
                     assert isinstance(bias, Tensor)
-                    bias.copy_(balance.sign_update(bias, counts, self._config.bias_update_speed))
+                    bias.copy_(
+                        balance.sign_update(bias, counts, self._config.bias_update_speed, centre=self._config.centre)
+                    )
         return load
 
     def skip(self) -> None:

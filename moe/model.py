@@ -18,6 +18,7 @@ from moe.layers import FeedForward, GroupedQueryAttention, MoE, MultiHeadLatentA
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Yarn, rotary_tables
+from moe.layers.router import take_balance_loss
 from moe.rundir import write_json
 
 __all__ = ["DecoderLayer", "ModelOutput", "Transformer"]
@@ -25,10 +26,14 @@ __all__ = ["DecoderLayer", "ModelOutput", "Transformer"]
 
 @dataclass
 class ModelOutput:
-    """What a forward pass gives. `loss`: next-token cross-entropy, nats per valid token, or None without labels."""
+    """What a forward pass gives. `loss`: next-token cross-entropy, nats per valid token, or None without labels.
+
+    `balance_loss`: what `moe.Balancer` asked the routers for in training, weighted; to add for the backward pass only.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
+    balance_loss: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -97,7 +102,8 @@ class Transformer(nn.Module):
         if cache:
             cache.advance(length)
         logits = self.lm_head(self.norm(x_BSD))
-        return ModelOutput(logits, None if labels is None else _next_token_loss(logits, labels))
+        loss = None if labels is None else _next_token_loss(logits, labels)
+        return ModelOutput(logits, loss, take_balance_loss(self.layers) if self.training else None)
 
     def generate(
         self,

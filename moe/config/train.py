@@ -135,10 +135,17 @@ class Recipe:
                 "seq_len",
                 f"exceeds model.max_position_embeddings ({self.model.max_position_embeddings}); raise that too",
             )
-        if self.balance.method == "sign" and self.model.is_moe and not self.model.has_expert_bias:
+        self.balance.check_contradictions()
+        if self.model.is_moe:
+            self._check_routers()
+
+    def _check_routers(self) -> None:
+        model = self.model
+        if self.balance.moves_biases and not model.has_expert_bias:
             self.balance.fail(
                 "method", "moves expert biases, which only model.topk_method=noaux_tc has; use that, or none"
             )
+        self.balance.check_router(model.n_group, model.num_experts_per_tok, model.n_routed_experts)
 
     def sections(self) -> dict[str, Section]:
         """Section objects by the word before the dot."""

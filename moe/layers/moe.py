@@ -79,7 +79,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        route = self.router(x_TD)
+        route = self.router(x_TD, x.shape[:-2].numel())
         y_TD = self.experts(x_TD, route.topk_index_TK, route.topk_weight_TK, route.tokens_per_expert_E)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

@@ -5,15 +5,24 @@ weighted by the score alone, so the bias steers load without touching the output
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe import balance
 from moe_kernels import RouteResult, topk_route
 
-__all__ = ["Router"]
+__all__ = ["LossWeights", "Router", "take_balance_loss"]
+
+
+class LossWeights(NamedTuple):
+    """Weights of the losses a router adds up: `moe.balance`'s load_balancing_loss, sequence_loss and z_loss."""
+
+    aux: float
+    sequence: float
+    z: float
 
 
 class Router(nn.Module):
@@ -23,10 +32,15 @@ class Router(nn.Module):
     `topk_method="noaux_tc"` and is moved by `moe.Balancer`, never by the optimizer. `tokens_per_expert` (E,) adds up
     the load of training forwards until the balancer reads and clears it; a plain tensor, not a buffer, because
     DistributedDataParallel overwrites buffers with the first rank's.
+
+    `loss_weights` is None unless `moe.Balancer` asks for losses; training forwards then leave theirs in
+    `balance_loss`, for `take_balance_loss`.
     """
 
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
+    loss_weights: LossWeights | None
+    balance_loss: Tensor | None
 
     def __init__(
         self,
@@ -48,6 +62,8 @@ class Router(nn.Module):
         bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("expert_bias", bias)
         self.tokens_per_expert = None
+        self.loss_weights = None
+        self.balance_loss = None
         self.num_experts_per_tok = num_experts_per_tok
         self.score_func = score_func
         self.topk_method = topk_method
@@ -57,8 +73,11 @@ class Router(nn.Module):
         self.routed_scaling_factor = routed_scaling_factor
         self.backend = backend
 
-    def forward(self, x_TD: Tensor) -> RouteResult:
-        """Route T tokens of width D. Counts load only in training with gradients, so evaluation never steers."""
+    def forward(self, x_TD: Tensor, sequences: int = 1) -> RouteResult:
+        """Route T tokens of width D, which are `sequences` sequences of equal length.
+
+        Counts load only in training with gradients, so evaluation never steers.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
         route = topk_route(
@@ -77,7 +96,23 @@ class Router(nn.Module):
             counts = route.tokens_per_expert_E.detach()
             # out of place: an in-place add would trip activation checkpointing's check on recomputation
             self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+            if self.loss_weights is not None:
+                self.balance_loss = self._losses(route, logits_TE, sequences, self.loss_weights)
         return route
+
+    def _losses(self, route: RouteResult, logits_TE: Tensor, sequences: int, weights: LossWeights) -> Tensor:
+        """The micro-batch's weighted losses; its own tokens are the denominator, on this rank alone."""
+        total = logits_TE.new_zeros(())
+        if weights.aux:
+            loads = route.tokens_per_expert_E
+            total = total + weights.aux * balance.load_balancing_loss(route.scores_TE, loads, self.num_experts_per_tok)
+        if weights.sequence:
+            total = total + weights.sequence * balance.sequence_loss(
+                route.scores_TE, self.num_experts_per_tok, sequences
+            )
+        if weights.z:
+            total = total + weights.z * balance.z_loss(logits_TE)
+        return total
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Moves like any module, but casts leave `expert_bias` in fp32: a bf16 bias cannot take steps of 0.001."""
@@ -87,3 +122,13 @@ class Router(nn.Module):
         if before is not None and after is not None and after.dtype != torch.float32:
             self.expert_bias = before.to(after.device)
         return self
+
+
+def take_balance_loss(model: nn.Module) -> Tensor | None:
+    """Mean over the routers in `model` of what their last training forward left, once; None when nothing did."""
+    losses = []
+    for module in model.modules():
+        if isinstance(module, Router) and module.balance_loss is not None:
+            losses.append(module.balance_loss)
+            module.balance_loss = None  # a kept one would keep the whole graph
+    return torch.stack(losses).mean() if losses else None

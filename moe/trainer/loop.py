@@ -2,7 +2,7 @@
 
 A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward, their loss weighted so
 that gradients are those of the whole global batch's mean; gradients are clipped; AdamW steps; the balancer moves the
-expert biases.
+expert biases. Balance losses are added for the backward only: train/loss is cross-entropy alone.
 The meter is told at each turn what the process is doing, and never waits for a GPU.
 """
 
@@ -63,6 +63,7 @@ class Loop:
         self.recipe, self.run, self.engine = recipe, run, engine
         self.model, self.wrapped, self.optimizer, self.balancer = model, wrapped, optimizer, balancer
         self.meter, self.tracking, self.stop = meter, tracking, stop
+        balancer.configure(recipe.balance)
         self.facts = data.facts
         train = recipe.train
         self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
@@ -84,14 +85,15 @@ class Loop:
             metrics = self._evaluate(0)
         while step < train.max_steps and reason == "complete":
             rate.start()
-            loss, norm, load = self._step(step)
+            losses, norm, load = self._step(step)
             step += 1
             self.meter.progress(step, step * self.tokens_per_step)
             logged = step % train.log_every_steps == 0 or step == train.max_steps
             if logged:
-                loss_value, cost = float(loss), self.meter.cost()
-                self._log(step, loss_value, norm, load, cost, rate.stop(step))
-                progress.set_postfix_str(_postfix(loss_value, metrics, cost), refresh=False)
+                loss, balance_loss = losses.tolist()
+                cost = self.meter.cost()
+                self._log(step, loss, balance_loss, norm, load, cost, rate.stop(step))
+                progress.set_postfix_str(_postfix(loss, metrics, cost), refresh=False)
                 if _spent(cost, train.max_kwh, train.max_device_hours):
                     reason = "budget"
             else:
@@ -108,7 +110,7 @@ class Loop:
         return Outcome(step, reason, metrics)
 
     def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
-        """One optimizer step. Returns the global batch's loss, the gradient's norm and the experts' load."""
+        """One optimizer step. Returns the global batch's loss and balance loss, the gradient's norm, experts' load."""
         self.meter.phase("data")
         batch = self.recipe.train.global_batch_size
         mine = step * batch + ranks.rank() * self.micro_batch * self.accumulation
@@ -120,15 +122,16 @@ class Loop:
         weight = 1 / (self.engine.ranks * self.accumulation)
 
         self.meter.phase("forward_backward")
-        loss_sum = torch.zeros((), device=self.engine.device)
+        losses = torch.zeros(2, device=self.engine.device)
         for number, cpu_ids in enumerate(batches):
             ids = self.engine.to_device(cpu_ids)
             with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
                 with self.engine.autocast():
-                    loss = self.wrapped(ids, labels=ids).loss
+                    out = self.wrapped(ids, labels=ids)
+                balance_loss = out.loss.new_zeros(()) if out.balance_loss is None else out.balance_loss
                 # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
-                (loss / self.accumulation).backward()
-            loss_sum += loss.detach() * weight
+                ((out.loss + balance_loss) / self.accumulation).backward()
+            losses += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
 
         self.meter.phase("optimizer")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -136,7 +139,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = self.balancer.step()
-        return ranks.all_reduce_sum(loss_sum), norm, load
+        return ranks.all_reduce_sum(losses), norm, load
 
     def _asked_to_stop(self, logged: bool) -> bool:
         """Whether any rank got a signal. Several ranks agree on it at logged steps, where they meet anyway."""
@@ -144,7 +147,9 @@ class Loop:
             return bool(self.stop)
         return logged and ranks.sum_numbers([float(bool(self.stop))], self.engine.device)[0] > 0
 
-    def _log(self, step: int, loss: float, norm: Tensor, load: Load, cost: Cost, rate: float) -> None:
+    def _log(
+        self, step: int, loss: float, balance_loss: float, norm: Tensor, load: Load, cost: Cost, rate: float
+    ) -> None:
         """Write a metrics row. Raises TrainingError when the loss is not finite."""
         if not math.isfinite(loss):
             raise TrainingError(
@@ -162,6 +167,8 @@ class Loop:
             "energy/power_w": cost.power_w,
             "efficiency/tokens_per_s": rate,
         }
+        if self.recipe.balance.has_losses and self.recipe.model.is_moe:
+            row["train/balance_loss"] = balance_loss
         if load.tokens_per_expert:
             row["router/max_vio"] = max(load.max_vio().values())
             row["router/entropy"] = min(load.entropy().values())
