@@ -43,7 +43,9 @@ def test_the_tree_is_the_tree() -> None:
     assert f"<!-- tree -->\n```\n{printed.stdout}```\n<!-- /tree -->" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(page: str) -> None:
     """Every relative link and picture of a page exists."""
     file = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page

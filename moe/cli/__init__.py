@@ -17,6 +17,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "compare": "Compare runs with their baselines at equal loss: table, JSON, HTML.",
     "energy": "Meter any program; report what a run cost.",
+    "generate": "Continue a prompt with a trained run.",
 }
 
 

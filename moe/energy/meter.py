@@ -272,27 +272,29 @@ class EnergyMeter:
 
     def _on_reading(self, reading: Reading) -> None:
         """Write what the reader found (called in its thread): gaps, readings, and the time since the last mark."""
-        for uuid, event, detail in reading.gaps:
-            self._writer.append("gap", at_ns=reading.at_ns, device=uuid, reason=event, detail=detail)
-        for uuid, raw_mj in reading.raw_mj.items():
-            if raw_mj is not None:
-                self._writer.append("reading", at_ns=reading.at_ns, device=uuid, energy_mj=raw_mj)
+        records: list[tuple[str, int | None, dict[str, Any]]] = [
+            ("gap", reading.at_ns, {"device": uuid, "reason": event, "detail": detail})
+            for uuid, event, detail in reading.gaps
+        ]
+        records += [
+            ("reading", reading.at_ns, {"device": uuid, "energy_mj": raw_mj})
+            for uuid, raw_mj in reading.raw_mj.items()
+            if raw_mj is not None
+        ]
         self._phases.cut()
-        self._write_marks()
+        self._write_marks(records)
         if boottime_ns() - self._synced_ns >= self._flush_s * 1e9:
             self._sync()
 
-    def _write_marks(self) -> None:
+    def _write_marks(self, before: Sequence[tuple[str, int | None, dict[str, Any]]] = ()) -> None:
+        """Write the marks that wait, behind the records `before`, in one go."""
         with self._marks_lock:  # the reader and the program both write marks; their order is that of time
+            records = list(before)
             while (mark := self._phases.take()) is not None:
-                self._writer.append(
-                    "mark",
-                    at_ns=mark.boottime_ns,
-                    phase=mark.phase,
-                    step=mark.step,
-                    tokens=mark.tokens,
-                    phase_s=mark.phase_s,
-                )
+                fields = {"phase": mark.phase, "step": mark.step, "tokens": mark.tokens, "phase_s": mark.phase_s}
+                records.append(("mark", mark.boottime_ns, fields))
+            if records:
+                self._writer.append_all(records)
 
     def _sync(self) -> None:
         self._synced_ns = boottime_ns()
