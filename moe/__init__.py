@@ -28,6 +28,7 @@ _MODULES = (
     "data",
     "energy",
     "errors",
+    "hf",
     "layers",
     "model",
     "optim",
