@@ -9,7 +9,21 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["entropy", "load_balancing_loss", "max_vio", "sequence_loss", "sign_update", "z_loss"]
+__all__ = [
+    "entropy",
+    "load_balancing_loss",
+    "margin_histogram",
+    "max_vio",
+    "quantile_update",
+    "sequence_loss",
+    "sign_update",
+    "z_loss",
+]
+
+# Margins lie in bins that are even in asinh(margin / _WIDTH): fine where a balanced expert's quantile lies, near 0, and
+# of constant relative width away from it. So one set of bins suits sigmoid scores and softmax's much smaller ones.
+_BINS, _WIDTH, _LARGEST = 256, 1e-3, 8.0
+_REACH = math.asinh(_LARGEST / _WIDTH)
 
 
 def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *, centre: bool = False) -> Tensor:
@@ -21,6 +35,40 @@ def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *,
     load = tokens_per_expert.to(torch.float32)
     direction = torch.sign(load.mean() - load)
     return expert_bias + speed * (direction - direction.mean() if centre else direction)
+
+
+def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int) -> Tensor:
+    """How far each expert is below each token's cut-off, counted in bins: (E, bins) int32, to add over a global batch.
+
+    The cut-off alpha_t is the (K+1)-th largest of s_t + b, and the margin of expert i is alpha_t - (s_ti + b_i), below
+    0 for those chosen. No host sync: bins are a function of the margin alone.
+    """
+    selection_TE = scores_TE + expert_bias
+    margin_TE = selection_TE.topk(top_k + 1, dim=1).values[:, -1:] - selection_TE
+    position_TE = (torch.asinh(margin_TE / _WIDTH) / _REACH + 1) * (_BINS / 2)
+    experts = scores_TE.shape[1]
+    row_E = torch.arange(experts, device=scores_TE.device) * _BINS
+    index = (position_TE.long().clamp_(0, _BINS - 1) + row_E).flatten()
+    counts = torch.zeros(experts * _BINS, dtype=torch.int32, device=scores_TE.device)
+    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(experts, _BINS)
+
+
+def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int) -> Tensor:
+    """The biases that would have given each expert its share K/E of the tokens counted (quantile balancing).
+
+    b_i becomes the K/E-quantile over tokens of r_ti = alpha_t - s_ti, minus the mean over experts. With the margins
+    m_ti = r_ti - b_i of `margin_histogram` that is b_i + quantile(m_i), here interpolated within the bin. In fp64, from
+    integers: ranks that hold the same histogram hold the same biases bit for bit.
+    """
+    count = histogram.to(torch.float64)
+    below = count.cumsum(1)
+    wanted = below[:, -1:] * (top_k / histogram.shape[0])
+    bin_ = (below < wanted).sum(1, keepdim=True)
+    inside = count.gather(1, bin_)
+    position = bin_ + 1 - (below.gather(1, bin_) - wanted) / inside
+    quantile = _WIDTH * torch.sinh((position * (2 / _BINS) - 1) * _REACH)
+    moved = expert_bias.to(torch.float64) + quantile.squeeze(1)
+    return (moved - moved.mean()).to(expert_bias.dtype)
 
 
 def load_balancing_loss(scores_TE: Tensor, tokens_per_expert: Tensor, top_k: int) -> Tensor:

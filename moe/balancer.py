@@ -1,6 +1,7 @@
 """Auxiliary-loss-free balancing of any module that has routers with an expert bias."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +14,45 @@ from moe.parallel.ranks import all_reduce_sum
 
 __all__ = ["Balancer", "Load", "LoadCounter", "find_routers"]
 
+_FIXED_POINT = 2**20  # a sum of weights travels as an integer: 2**43 tokens fit, to a millionth each
+
 
 @dataclass(frozen=True)
 class Load:
-    """Load of each router over some tokens: name to `tokens_per_expert` (E,), summed over all ranks."""
+    """Load of each router over some tokens: name to `tokens_per_expert` (E,), summed over all ranks.
+
+    `confidence`: name to the mean weight, before scaling, of the tokens' first choice; for routers that record it.
+    """
 
     tokens_per_expert: dict[str, Tensor]
+    confidence: dict[str, Tensor] = field(default_factory=dict)
 
     def max_vio(self) -> dict[str, float]:
         """Per router, (largest - mean) / mean."""
-        return {name: float(balance.max_vio(load)) for name, load in self.tokens_per_expert.items()}
+        return _numbers({name: balance.max_vio(load) for name, load in self.tokens_per_expert.items()})
 
     def entropy(self) -> dict[str, float]:
         """Per router, entropy of the load over ln E."""
-        return {name: float(balance.entropy(load)) for name, load in self.tokens_per_expert.items()}
+        return _numbers({name: balance.entropy(load) for name, load in self.tokens_per_expert.items()})
 
     def dead_experts(self) -> dict[str, int]:
         """Per router, experts without a token."""
-        return {name: int((load == 0).sum()) for name, load in self.tokens_per_expert.items()}
+        dead = _numbers({name: (load == 0).sum() for name, load in self.tokens_per_expert.items()})
+        return {name: int(number) for name, number in dead.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """`router/*` as the trainer logs them: the worst layer's MaxVio and entropy, each layer's MaxVio, all dead."""
+        if not self.tokens_per_expert:
+            return {}
+        max_vio = self.max_vio()
+        row = {
+            "router/max_vio": max(max_vio.values()),
+            "router/entropy": min(self.entropy().values()),
+            "router/dead_experts": sum(self.dead_experts().values()),
+        }
+        if self.confidence:
+            row["router/confidence"] = sum(_numbers(self.confidence).values()) / len(self.confidence)
+        return row | {f"router/max_vio/{_layer(name)}": value for name, value in max_vio.items()}
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,8 +67,9 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
 class Balancer:
     """Moves expert biases once per optimizer step, from the load of the whole global batch.
 
-    Call `step()` after each optimizer step, or `skip()` when the step was skipped. The loads of all routers and all
-    micro-batches travel in one all-reduce; every rank then computes the same biases bit for bit.
+    Call `step()` after each optimizer step, or `skip()` when the step was skipped. What all routers recorded in all
+    micro-batches travels in one all-reduce; every rank then computes the same biases bit for bit. `method="sign"` needs
+    loads alone and works on any module that `find_routers` finds; the rest needs `moe.layers.Router`.
 
     Losses (`aux_loss_alpha` and so on, see `moe.config.BalanceConfig`) are asked of the routers, which are
     `moe.layers.Router`: a Transformer gives them as `ModelOutput.balance_loss`, other models by
@@ -76,29 +99,63 @@ class Balancer:
         for router in self._routers.values():
             if isinstance(router, Router):
                 router.loss_weights = weights if config.has_losses else None
+                router.collect_margins = config.method == "quantile"
 
+    @torch.no_grad()
     def step(self) -> Load:
         """Update every bias from the load since the last step, clear the load, and return it."""
-        load = self._collect()
-        if self._config.method == "sign":
-            with torch.no_grad():
-                for name, counts in load.tokens_per_expert.items():
-                    bias = self._routers[name].expert_bias
-                    assert isinstance(bias, Tensor)
-                    bias.copy_(
-                        balance.sign_update(bias, counts, self._config.bias_update_speed, centre=self._config.centre)
-                    )
+        load, margins = self._collect()
+        speed, centre = self._config.bias_update_speed, self._config.centre
+        for name, counts in load.tokens_per_expert.items():
+            bias = self._routers[name].expert_bias
+            if self._config.method == "sign":
+                assert isinstance(bias, Tensor)
+                bias.copy_(balance.sign_update(bias, counts, speed, centre=centre))
+            elif self._config.method == "quantile":
+                assert isinstance(bias, Tensor)
+                bias.copy_(balance.quantile_update(bias, margins[name], self._top_k(name)))
         return load
 
     def skip(self) -> None:
         """Forget the load since the last step: the optimizer skipped it, so the biases must too."""
         for router in self._routers.values():
-            router.tokens_per_expert = None  # type: ignore[assignment]
+            if isinstance(router, Router):
+                router.forget()
+            else:
+                router.tokens_per_expert = None  # type: ignore[assignment]
 
-    def _collect(self) -> Load:
-        counted = {n: r.tokens_per_expert for n, r in self._routers.items() if r.tokens_per_expert is not None}
+    def bias_range(self) -> float:
+        """The worst router's largest minus smallest expert bias, now; 0 without biases."""
+        biases = [router.expert_bias for router in self._routers.values() if isinstance(router.expert_bias, Tensor)]
+        return max(_numbers({str(n): b.max() - b.min() for n, b in enumerate(biases)}).values(), default=0.0)
+
+    def _collect(self) -> tuple[Load, dict[str, Tensor]]:
+        """Load and margins since the last step, summed over ranks in one all-reduce; forgets them."""
+        counts: dict[str, Tensor] = {}
+        margins: dict[str, Tensor] = {}
+        first: dict[str, Tensor] = {}
+        for name, router in self._routers.items():
+            if not isinstance(router.tokens_per_expert, Tensor):
+                continue
+            counts[name] = router.tokens_per_expert
+            if isinstance(router, Router) and router.first_choice is not None:
+                # a sum of integers does not depend on the order of ranks
+                first[name] = (router.first_choice * _FIXED_POINT).round().reshape(1)
+            if isinstance(router, Router) and router.margin_histogram is not None:
+                margins[name] = router.margin_histogram
         self.skip()
-        return _sum_over_ranks(counted)  # type: ignore[arg-type]
+        counts, margins, first = _sum_over_ranks(counts, margins, first)
+        confidence = {
+            # every token was counted K times
+            name: total[0] * self._top_k(name) / (_FIXED_POINT * counts[name].sum())
+            for name, total in first.items()
+        }
+        return Load(counts, confidence), margins
+
+    def _top_k(self, name: str) -> int:
+        router = self._routers[name]
+        assert isinstance(router, Router)
+        return router.num_experts_per_tok
 
 
 class LoadCounter:
@@ -124,7 +181,7 @@ class LoadCounter:
 
     def load(self) -> Load:
         """What was counted, summed over ranks; every rank must call it."""
-        return _sum_over_ranks(self._counts)
+        return Load(_sum_over_ranks(self._counts)[0])
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def count(_module: nn.Module, _args: object, route) -> None:  # type: ignore[no-untyped-def]
@@ -134,10 +191,24 @@ class LoadCounter:
         return count
 
 
-def _sum_over_ranks(counts: dict[str, Tensor]) -> Load:
-    """One all-reduce for all routers; int64, so that any number of tokens adds up exactly."""
-    if not counts:
-        return Load({})
-    widths = [count.numel() for count in counts.values()]
-    total = all_reduce_sum(torch.cat([count.to(torch.int64) for count in counts.values()]))
-    return Load(dict(zip(counts, total.split(widths), strict=True)))
+def _sum_over_ranks(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """One all-reduce for everything; int64, so that any number of tokens adds up exactly."""
+    parts = [part for group in groups for part in group.values()]
+    if not parts:
+        return [{} for _ in groups]
+    total = all_reduce_sum(torch.cat([part.flatten().to(torch.int64) for part in parts]))
+    pieces = iter(total.split([part.numel() for part in parts]))
+    return [{name: next(pieces).view_as(part) for name, part in group.items()} for group in groups]
+
+
+def _numbers(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as Python numbers, with one wait for the device."""
+    if not tensors:
+        return {}
+    return dict(zip(tensors, torch.stack([t.to(torch.float64) for t in tensors.values()]).tolist(), strict=True))
+
+
+def _layer(name: str) -> str:
+    """`layers.3.mlp.router` to `layer_03`; a router that is in no numbered layer keeps its name."""
+    number = re.search(r"\blayers\.(\d+)\.", name)
+    return f"layer_{int(number[1]):02d}" if number else name

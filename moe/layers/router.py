@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import balance
+from moe.errors import ConfigError
 from moe_kernels import RouteResult, topk_route
 
 __all__ = ["LossWeights", "Router", "take_balance_loss"]
@@ -33,12 +34,17 @@ class Router(nn.Module):
     the load of training forwards until the balancer reads and clears it; a plain tensor, not a buffer, because
     DistributedDataParallel overwrites buffers with the first rank's.
 
+    `first_choice` adds up the weight of each token's first expert, before scaling; `collect_margins`, set by
+    `moe.Balancer` for quantile balancing, adds up `margin_histogram` (E, bins).
+
     `loss_weights` is None unless `moe.Balancer` asks for losses; training forwards then leave theirs in
     `balance_loss`, for `take_balance_loss`.
     """
 
     expert_bias: Tensor | None
     tokens_per_expert: Tensor | None
+    margin_histogram: Tensor | None
+    first_choice: Tensor | None
     loss_weights: LossWeights | None
     balance_loss: Tensor | None
 
@@ -61,9 +67,9 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("expert_bias", bias)
-        self.tokens_per_expert = None
+        self.collect_margins = False
         self.loss_weights = None
-        self.balance_loss = None
+        self.forget()
         self.num_experts_per_tok = num_experts_per_tok
         self.score_func = score_func
         self.topk_method = topk_method
@@ -93,12 +99,34 @@ class Router(nn.Module):
             backend=self.backend,
         )
         if self.training and torch.is_grad_enabled():
-            counts = route.tokens_per_expert_E.detach()
-            # out of place: an in-place add would trip activation checkpointing's check on recomputation
-            self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
-            if self.loss_weights is not None:
-                self.balance_loss = self._losses(route, logits_TE, sequences, self.loss_weights)
+            self._record(route, logits_TE, sequences)
         return route
+
+    def forget(self) -> None:
+        """Drop everything recorded since the balancer last read it."""
+        self.tokens_per_expert = self.margin_histogram = self.first_choice = self.balance_loss = None
+
+    def _record(self, route: RouteResult, logits_TE: Tensor, sequences: int) -> None:
+        checkpointing = _recomputation()
+        if self.loss_weights is not None:
+            if checkpointing == "replaces":
+                raise ConfigError(
+                    "a balance loss cannot leave a reentrantly checkpointed region; "
+                    "call torch.utils.checkpoint.checkpoint with use_reentrant=False, or set the alphas to 0"
+                )
+            # computed in a repetition too: its backward needs the tensors saved on the way
+            loss = self._losses(route, logits_TE, sequences, self.loss_weights)
+            self.balance_loss = loss if checkpointing == "" else self.balance_loss
+        if checkpointing == "repeats":
+            return
+        with torch.no_grad():
+            # out of place: an in-place add would trip activation checkpointing's check on recomputation
+            self.tokens_per_expert = _plus(self.tokens_per_expert, route.tokens_per_expert_E)
+            first = route.topk_weight_TK[:, 0].sum(dtype=torch.float64) / self.routed_scaling_factor
+            self.first_choice = _plus(self.first_choice, first)
+            if self.collect_margins and self.expert_bias is not None:
+                margins = balance.margin_histogram(route.scores_TE, self.expert_bias, self.num_experts_per_tok)
+                self.margin_histogram = _plus(self.margin_histogram, margins)
 
     def _losses(self, route: RouteResult, logits_TE: Tensor, sequences: int, weights: LossWeights) -> Tensor:
         """The micro-batch's weighted losses; its own tokens are the denominator, on this rank alone."""
@@ -122,6 +150,24 @@ class Router(nn.Module):
         if before is not None and after is not None and after.dtype != torch.float32:
             self.expert_bias = before.to(after.device)
         return self
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more.detach() if total is None else total + more
+
+
+def _recomputation() -> Literal["", "repeats", "replaces"]:
+    """Whether activation checkpointing runs this forward, from within the backward pass, a second time.
+
+    Non-reentrant checkpointing repeats a forward that was recorded; the reentrant kind runs its first forward without
+    gradients, so that the second is the one to record. torch.compile recomputes below Python, and records once.
+    """
+    if torch.compiler.is_compiling():
+        return ""
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return ""
+    return "replaces" if "CheckpointFunction" in node.name() else "repeats"
 
 
 def take_balance_loss(model: nn.Module) -> Tensor | None:

@@ -169,10 +169,9 @@ class Loop:
         }
         if self.recipe.balance.has_losses and self.recipe.model.is_moe:
             row["train/balance_loss"] = balance_loss
-        if load.tokens_per_expert:
-            row["router/max_vio"] = max(load.max_vio().values())
-            row["router/entropy"] = min(load.entropy().values())
-            row["router/dead_experts"] = sum(load.dead_experts().values())
+        row |= load.metrics()
+        if self.recipe.model.has_expert_bias:
+            row["router/bias_range"] = self.balancer.bias_range()
         self.tracking.log(row)
 
     def _evaluation_due(self, step: int) -> bool:
