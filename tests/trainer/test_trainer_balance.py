@@ -34,5 +34,24 @@ def test_losses_are_logged_apart_and_add_up_over_ranks(place: Place) -> None:
         torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_quantile_balancing_trains_alike_on_two_ranks_and_writes_telemetry(place: Place) -> None:
+    """The same biases whatever the number of ranks; every router metric in every row; balance without a step size."""
+    words = ("balance.method=quantile", "train.max_steps=20")
+    for name, number in (("quantile1", 1), ("quantile2", 2)):
+        done = place.launch(f"run.name={name}", *words, ranks=number)
+        assert done.returncode == 0, done.stderr
+    mine, theirs = (_weights(place, name, 20) for name in ("quantile1", "quantile2"))
+    bias = "layers.1.mlp.router.expert_bias"
+    assert mine[bias].abs().max() > 0
+    torch.testing.assert_close(mine[bias], theirs[bias], atol=1e-4, rtol=0)
+    rows = [row for row in place.rows("quantile1") if "train/loss" in row]
+    for row in rows:
+        assert row["router/max_vio/layer_01"] == row["router/max_vio"]
+        assert 1 / 2 <= row["router/confidence"] < 1  # the first of two chosen has at least half of their weight
+        assert 0 <= row["router/entropy"] <= 1
+    assert rows[-1]["router/bias_range"] == pytest.approx(float(mine[bias].max() - mine[bias].min()))
+    assert "router/dead_experts" in rows[-1]
+
+
 def _weights(place: Place, name: str, step: int) -> dict[str, torch.Tensor]:
     return load_file(place.run(name) / f"checkpoints/step_{step:08d}/model.safetensors")
