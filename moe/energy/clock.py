@@ -9,6 +9,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from moe.energy.locks import claim_once
+
 __all__ = ["boot_id", "boottime_ns", "device_time_start_ns", "parse_utc_ns", "utc_now"]
 
 # CLOCK_BOOTTIME exists on Linux alone; elsewhere the monotonic clock, which may stop while the machine sleeps
@@ -52,15 +54,19 @@ def _process_start_ns() -> int:
     return min(start, now)
 
 
-def device_time_start_ns() -> int:
+def device_time_start_ns(*, new_ledger: bool) -> int:
     """When the devices of this process began to be held, on the boottime clock.
 
-    That is the start of the process, or the start of the SLURM job where this process belongs to the job's first
-    step: only there is the time before Python started surely this program's and not an earlier step's.
+    That is the start of the process, or the start of the SLURM job where the time before Python started is surely this
+    program's: in the job's first step, for the first metered program of it on this node, as its ledger is begun. A
+    later program of the step, or a later segment of the ledger, would bill the same hour again.
     """
     start = _process_start_ns()
-    job_start = os.environ.get("SLURM_JOB_START_TIME", "")
-    if os.environ.get("SLURM_STEP_ID") != "0" or not job_start.isdigit():
+    job, job_start = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_START_TIME", "")
+    if os.environ.get("SLURM_STEP_ID") != "0" or not job or not job_start.isdigit():
+        return start
+    # claimed by a later segment too: whatever comes after it in this step, the time before was not its own
+    if not claim_once(f"slurm-{job}-0-{job_start}") or not new_ledger:
         return start
     held_ns = time.time_ns() - int(job_start) * 10**9
     return min(start, max(0, boottime_ns() - held_ns))

@@ -1,4 +1,4 @@
-"""One writer per ledger, one reader per device: advisory locks that die with their process.
+"""One writer per ledger, one reader per device: advisory locks that die with their process; and claims that stay.
 
 POSIX record locks, because they also hold on network file systems and a forked data worker that outlives its parent
 does not inherit them. They do not conflict within a process and vanish when the process closes any descriptor of the
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe.errors import LedgerError
 
-__all__ = ["Lock", "lock_device", "lock_ledger"]
+__all__ = ["Lock", "claim_once", "lock_device", "lock_ledger"]
 
 _held: set[str] = set()
 
@@ -68,9 +68,22 @@ def lock_device(uuid: str) -> Lock | None:
     A lock file that cannot be opened at all (a stranger's, in a sticky folder) detects nothing and disturbs nobody: the
     claim is then granted without a lock.
     """
-    name = "".join(c if c.isalnum() or c in "-." else "_" for c in uuid)
-    path = Path(tempfile.gettempdir()) / f"frugal-moe-energy-{name}.lock"
     try:
-        return _acquire(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        return _acquire(_machine_file(uuid, "lock"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     except OSError:
         return Lock("", -1)
+
+
+def claim_once(name: str) -> bool:
+    """True for the first process on this machine that asks for `name`, for ever; False where that cannot be told."""
+    try:
+        os.close(os.open(_machine_file(name, "claimed"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except OSError:
+        return False
+    return True
+
+
+def _machine_file(name: str, kind: str) -> Path:
+    """A file that all programs on this machine find, whoever runs them."""
+    plain = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
+    return Path(tempfile.gettempdir()) / f"frugal-moe-energy-{plain}.{kind}"

@@ -120,7 +120,7 @@ class EnergyMeter:
         self._reader = Reader(self._sources, self._interval_s, self._on_reading)
         self._start_ns = boottime_ns()
         if self.path is not None and not _startup_claimed:
-            self._start_ns, _startup_claimed = device_time_start_ns(), True
+            self._start_ns, _startup_claimed = self._device_time_start_ns(prior), True
         self._phases = PhaseClock(self._start_ns, long_s=self._interval_s)
         self._write_header()
         self._phases.cut()
@@ -129,6 +129,13 @@ class EnergyMeter:
         self._prior = None
         self._add_up_prior(prior)
         self._sync()
+
+    def _device_time_start_ns(self, prior: FileFold) -> int:
+        """When this segment's device time began: never before the end of the segment before, which billed it."""
+        start_ns = device_time_start_ns(new_ledger=not prior.segments)
+        if not prior.segments or prior.segments[-1].header["boot_id"] != boot_id() or not boot_id():
+            return start_ns
+        return min(max(start_ns, prior.segments[-1].last_ns), boottime_ns())
 
     def _write_header(self) -> None:
         extra: dict[str, Any] = {}
