@@ -127,6 +127,7 @@ def their_model(directory: Path, **options: Any) -> nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # YaRN factors here are drawn, not derived from lengths
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", experts_implementation="eager", output_loading_info=True, **options
     )
