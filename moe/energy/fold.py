@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe.energy.clock import parse_utc_ns
 from moe.energy.ledger import Record, read_ledger
 from moe.energy.sources.base import is_measured
 from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
@@ -92,6 +91,14 @@ class FileFold:
             return None
         return min([last, *(later.header["resumed_step"] for later in self.segments[position + 1 :])])
 
+    def spent_before(self, position: int, boottime_ns: int) -> tuple[float, float]:
+        """(millijoules, device-nanoseconds) up to a moment of the segment at `position`, on that segment's clock."""
+        energy_mj, device_ns = self.segments[position].spent_at(boottime_ns)
+        for earlier in self.segments[:position]:
+            energy_mj += earlier.energy_mj
+            device_ns += len(earlier.lines) * earlier.elapsed_ns
+        return energy_mj + sum(sum(self.unattributed_mj(p).values()) for p in range(position + 1)), device_ns
+
     @property
     def energy_mj(self) -> int:
         lost = (sum(self.unattributed_mj(i).values()) for i in range(len(self.segments)))
@@ -119,31 +126,24 @@ class Fold:
     notes: list[str]
 
     def at(self, segment: int, boottime_ns: int) -> tuple[float | None, float]:
-        """(joules, device-hours) of the whole run up to a moment of a segment, on the first ledger's boottime clock.
+        """(joules, device-hours) of the whole run up to a moment of a segment, both as the first ledger counts them.
 
-        Interpolated between readings; joules are None when the run read no sensor at all. Other nodes' clocks are
-        lined up through UTC. Raises LedgerError for a segment the ledger does not have.
+        Interpolated between readings; joules are None when the run read no sensor at all. Of the other nodes' ledgers
+        counts what they spent up to the same UTC moment, whatever segment they were in: a node may have joined late.
+        Raises LedgerError for a segment the first ledger does not have.
         """
-        moment_utc_ns = None
-        energy_mj, device_hours = 0.0, 0.0
-        for file in self.files:
-            for position, part in enumerate(file.segments):
-                if part.index > segment:
-                    break
-                energy_mj += sum(file.unattributed_mj(position).values())
-                if part.index < segment:
-                    energy_mj += part.energy_mj
-                    device_hours += device_hours_of(part)
-                    continue
-                offset_ns = parse_utc_ns(part.header["utc"]) - part.header["boottime_ns"]
-                if moment_utc_ns is None:
-                    moment_utc_ns = boottime_ns + offset_ns
-                at_ns = min(max(moment_utc_ns - offset_ns, part.start_ns), part.last_ns)
-                energy_mj += sum(line.energy_at(at_ns) for line in part.lines.values())
-                device_hours += len(part.lines) * (at_ns - part.start_ns) / NS_PER_HOUR
-        if moment_utc_ns is None:
-            raise LedgerError(f"segment {segment} is in none of the ledgers {[str(file.path) for file in self.files]}")
-        return None if self.total.energy_j is None else energy_mj / 1000, device_hours
+        first, *others = self.files
+        part = next((part for part in first.segments if part.index == segment), None)
+        if part is None:
+            raise LedgerError(f"ledger {first.path} has no segment {segment}: give the ledger that belongs to this run")
+        spent = [first.spent_before(first.segments.index(part), boottime_ns)]
+        moment_utc_ns = boottime_ns + part.utc_offset_ns
+        for file in others:
+            begun = [p for p, part in enumerate(file.segments) if part.start_ns + part.utc_offset_ns <= moment_utc_ns]
+            if begun:
+                spent.append(file.spent_before(begun[-1], moment_utc_ns - file.segments[begun[-1]].utc_offset_ns))
+        energy_mj, device_ns = map(sum, zip(*spent, strict=True))
+        return None if self.total.energy_j is None else energy_mj / 1000, device_ns / NS_PER_HOUR
 
     def to_json(self, footprint: dict[str, Any] | None = None) -> dict[str, Any]:
         """The run as `moe energy report --json` prints it."""

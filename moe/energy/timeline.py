@@ -5,6 +5,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe.energy.clock import parse_utc_ns
 from moe.energy.ledger import Record
 from moe.energy.phases import STEP_PHASES
 from moe.energy.track import DeviceTrack
@@ -102,6 +103,7 @@ class Segment:
         self.index: int = header["segment"]
         self.start_ns: int = header["started_boottime_ns"]
         self.last_ns: int = header["boottime_ns"]
+        self.utc_offset_ns = parse_utc_ns(header["utc"]) - header["boottime_ns"]
         self.end_reason: str | None = None
         self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"])) for d in header["devices"]}
         self.spans: list[_Span] = []
@@ -142,6 +144,12 @@ class Segment:
     @property
     def energy_mj(self) -> int:
         return sum(line.energy_mj for line in self.lines.values())
+
+    def spent_at(self, at_ns: int) -> tuple[float, float]:
+        """(millijoules, device-nanoseconds) of this segment up to a moment of its clock, inside it or not."""
+        at_ns = min(max(at_ns, self.start_ns), self.last_ns)
+        energy_mj = sum(line.energy_at(at_ns) for line in self.lines.values())
+        return energy_mj, len(self.lines) * (at_ns - self.start_ns)
 
     def useful_ns(self, last_step: int) -> float:
         """Time of surviving steps, for one device."""

@@ -255,6 +255,67 @@ def test_nodes_add_up_each_on_its_own_clock(tmp_path, path):
     assert hours == pytest.approx(10 / 3600, rel=0.005)
 
 
+@pytest.fixture
+def utc(monkeypatch):
+    """`utc(n)`: ledger lines are now written n seconds into the first of January."""
+
+    def at(second: int) -> None:
+        time = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
+        monkeypatch.setattr("moe.energy.ledger.utc_now", lambda: f"2026-01-01T{time}.000000Z")
+
+    return at
+
+
+def write_node(path: Path, start_s: float, *, device: str, boot: str) -> None:
+    """A segment of 10 s at 100 W."""
+    scribe = Scribe(path, start_s, devices=(device,), boot=boot)
+    scribe.read(start_s, 0, device)
+    scribe.read(start_s + 10, 1_000_000, device)
+    scribe.end(start_s + 10)
+
+
+def test_a_node_that_joins_later_costs_nothing_before_and_its_share_after(tmp_path, path, utc):
+    """One node for 10 s, then two: the second's first segment runs beside the first's second, up to the same UTC."""
+    other = tmp_path / "ledger.node1.jsonl"
+    utc(1000)
+    write_node(path, 500, device=A, boot="boot-1")
+    utc(1020)
+    write_node(path, 520, device=A, boot="boot-1")
+    write_node(other, 7, device=B, boot="boot-2")
+    fold = fold_ledgers([path, other])
+    assert fold.at(0, 505 * S) == pytest.approx((500, 5 / 3600))
+    assert fold.at(0, 510 * S) == pytest.approx((1000, 10 / 3600))
+    assert fold.at(1, 525 * S) == pytest.approx((2000, 20 / 3600))
+    assert fold.at(1, 530 * S) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
+
+
+def test_a_node_that_restarts_more_often_is_priced_by_the_clock(tmp_path, path, utc):
+    """The first node goes on in one segment while the other has two: both count up to the moment asked for."""
+    other = tmp_path / "ledger.node1.jsonl"
+    utc(1000)
+    scribe = Scribe(path, 500)
+    scribe.read(500, 0)
+    scribe.read(530, 3_000_000)
+    scribe.end(530)
+    write_node(other, 7, device=B, boot="boot-2")
+    utc(1020)
+    write_node(other, 27, device=B, boot="boot-2")
+    fold = fold_ledgers([path, other])
+    assert fold.at(0, 515 * S) == pytest.approx((1500 + 1000, (15 + 10) / 3600))
+    assert fold.at(0, 525 * S) == pytest.approx((2500 + 1500, (25 + 15) / 3600))
+
+
+def test_a_ledger_that_lacks_the_segment_is_named(tmp_path, path, utc):
+    """The clock of a moment is the first ledger's: another node's that has the segment does not stand in for it."""
+    other = tmp_path / "ledger.node1.jsonl"
+    for second in (1000, 1020):
+        utc(second)
+        write_node(other, second, device=B, boot="boot-2")
+    write_node(path, 500, device=A, boot="boot-1")
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl has no segment 1"):
+        fold_ledgers([path, other]).at(1, 1025 * S)
+
+
 def test_an_estimate_in_the_total_makes_it_unmeasured_and_says_so(path):
     """A measured and an estimated segment: a sum per source, a headline that names both."""
     for start_s, source, energy_mj in ((0, "counter", 1_000_000), (10, "estimate:tdp", 2_000_000)):
