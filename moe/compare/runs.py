@@ -106,6 +106,7 @@ def load_run(path: str | Path) -> Run:
         raise CompareError(f"{name} has no ledger.jsonl, so what it cost is unknown; run it again with the meter on")
     rows = read_metrics(directory.metrics)
     fold = fold_ledgers(ledgers)
+    _check_whole(name, rows, fold)
     total = fold.total
     curve = [_point(name, row, fold) for row in rows if "eval/loss" in row]
     if not curve:
@@ -143,6 +144,16 @@ def _object(directory: RunDir, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CompareError(f"{printable(str(path))} does not hold a JSON object; restore it or run again")
     return value
+
+
+def _check_whole(name: str, rows: Sequence[Mapping[str, Any]], fold: "Fold") -> None:
+    """Refuse a run whose ledger was begun anew in the middle: the steps before would look free."""
+    begun = fold.files[0].segments[0].header["resumed_step"] if fold.files[0].segments else 0
+    if rows and rows[0]["train/step"] < begun:
+        raise CompareError(
+            f"{name} was trained before its ledger begins at step {begun}, so what it cost is not known; "
+            "restore the ledger from a copy, or compare other runs"
+        )
 
 
 def _point(name: str, row: Mapping[str, Any], fold: "Fold") -> EvalPoint:

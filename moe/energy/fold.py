@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe.energy.ledger import Record, read_ledger
+from moe.energy.ledger import MEND, Record, read_ledger
 from moe.energy.sources.base import is_measured
 from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
 from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, Total
@@ -39,7 +39,7 @@ class FileFold:
     def feed(self, record: Record) -> None:
         """Take the next record in."""
         if record["kind"] != "segment" and not self.segments:
-            raise LedgerError(f"ledger {self.path} does not begin with a segment line: restore it from a copy")
+            raise LedgerError(f"ledger {self.path} does not begin with a segment line: {MEND}")
         try:
             if record["kind"] == "segment":
                 self.segments.append(Segment(record))
@@ -48,7 +48,7 @@ class FileFold:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LedgerError(
                 f"ledger {self.path}: the {record['kind']} line with seq {record['seq']} is not as this program writes "
-                f"it ({type(error).__name__} {error}): restore it from a copy"
+                f"it ({type(error).__name__} {error}): {MEND}"
             ) from None
 
     @classmethod
@@ -280,6 +280,9 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
         notes.append(f"the total joins sources: {total.source}")
     if "+" in total.scope:
         notes.append(f"the total joins scopes ({total.scope}): compare it with nothing")
+    begun = files[0].segments[0].header["resumed_step"] if files[0].segments else 0
+    if begun:
+        notes.append(f"the ledger begins at step {begun}: what the run cost before is not counted")
     for file in files:
         if file.torn_bytes:
             notes.append(f"{file.path}: {file.torn_bytes} bytes of a torn last line were left out")

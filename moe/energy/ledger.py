@@ -27,9 +27,10 @@ from typing import Any
 from moe.energy.clock import boottime_ns, utc_now
 from moe.errors import LedgerError
 
-__all__ = ["VERSION", "LedgerWriter", "Record", "read_ledger"]
+__all__ = ["MEND", "VERSION", "LedgerWriter", "Record", "read_ledger"]
 
 VERSION = 1
+MEND = "restore it from a copy, or move it away: the cost so far is then not counted"
 KINDS = ("segment", "reading", "mark", "gap", "end")
 
 Record = dict[str, Any]
@@ -61,13 +62,13 @@ def read_ledger(path: Path, on_torn: Callable[[int], None] | None = None) -> Ite
             if record is None:
                 rest = len(line) + sum(map(len, file))
                 if rest > len(line):
-                    raise LedgerError(f"ledger {path} line {number} is not a ledger record: restore it from a copy")
+                    raise LedgerError(f"ledger {path} line {number} is not a ledger record: {MEND}")
                 if on_torn is not None:
                     on_torn(rest)
                 return
             if record["prev"] != prev:
                 where = f"line {number - 1} does not match the hash in line {number}" if prev else "line 1 is missing"
-                raise LedgerError(f"ledger {path} was altered: {where}; restore it from a copy")
+                raise LedgerError(f"ledger {path} was altered: {where}; {MEND}")
             if record["v"] != VERSION:
                 raise LedgerError(
                     f"ledger {path} line {number} has version {record['v']}: this program reads {VERSION}"

@@ -21,6 +21,18 @@ def test_lost_work_leaves_the_curve_but_stays_in_the_cost(make_run):
     assert run.device_hours == pytest.approx(50 / 3600)
 
 
+def test_a_run_whose_ledger_was_begun_in_the_middle_is_refused(make_run):
+    """Steps 0 to 20 in a ledger that was moved away; one that began from another run's checkpoint is whole."""
+    whole = make_run("whole", parts=[(2560, 3840, [(3840, 2.0)])])
+    assert "the ledger begins at step 20: what the run cost before is not counted" in load_run(whole).meter_notes
+    moved = make_run("moved", [(1280, 4.0), (2560, 3.0)])
+    with (moved / "metrics.jsonl").open("a") as file:
+        file.writelines((whole / "metrics.jsonl").read_text().splitlines(keepends=True))
+    (whole / "ledger.jsonl").rename(moved / "ledger.jsonl")
+    with pytest.raises(CompareError, match="moved was trained before its ledger begins at step 20"):
+        load_run(moved)
+
+
 def test_a_torn_last_line_is_skipped(make_run, steps):
     path = make_run("moe", steps(4, 3))
     with (path / "metrics.jsonl").open("a") as file:

@@ -170,7 +170,10 @@ def test_a_run_directory_folds_all_its_nodes(moe, tmp_path):
         pytest.param(["."], ". holds no ledger.jsonl: give the folder of a metered run", id="no ledger"),
         pytest.param(["notes.txt"], "ledger notes.txt is empty: the run stopped before its first line", id="empty"),
         pytest.param(
-            ["bad"], "ledger bad/ledger.jsonl line 1 is not a ledger record: restore it from a copy", id="bad"
+            ["bad"],
+            "ledger bad/ledger.jsonl line 1 is not a ledger record: "
+            "restore it from a copy, or move it away: the cost so far is then not counted",
+            id="bad",
         ),
     ],
 )

@@ -80,6 +80,20 @@ def test_a_removed_or_broken_line_is_found(tmp_path):
         fold_ledgers([path])
 
 
+def test_a_run_goes_on_without_a_damaged_ledger_and_says_what_is_not_counted(tmp_path):
+    """Moved away, as the sentence offers: the new ledger says at which step it begins."""
+    path = tmp_path / "ledger.jsonl"
+    write_run(path)
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(LedgerError, match=r"restore it from a copy, or move it away: the cost so far is then not"):
+        EnergyMeter(path, declared_power_w=100).start()
+    path.rename(tmp_path / "damaged.jsonl")
+    write_run(path, resumed_step=40)
+    assert "the ledger begins at step 40: what the run cost before is not counted" in fold_ledgers([path]).notes
+    write_run(path, resumed_step=50)
+    assert sum("begins at step" in note for note in fold_ledgers([path]).notes) == 1
+
+
 @pytest.mark.parametrize("tail", ['{"v":1,"kind":"read', "\0\0\0\0\0\0", "\0\0\0\n"], ids=["cut", "zeros", "zero line"])
 def test_a_torn_last_line_is_cut_off_and_reported(tmp_path, capsys, tail):
     """What a power cut leaves does not stop the next segment, and no byte of it stays."""
