@@ -79,9 +79,28 @@ class Balancer:
         ConfigError: a field is out of its range, or a router cannot be balanced by this method.
     """
 
-    def __init__(self, model: nn.Module, *, method: str = "sign", bias_update_speed: float = 1e-3) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        method: str = "sign",
+        bias_update_speed: float = 1e-3,
+        centre: bool = False,
+        aux_loss_alpha: float = 0.0,
+        sequence_loss_alpha: float = 0.0,
+        z_loss_alpha: float = 0.0,
+    ) -> None:
         self._routers = find_routers(model)
-        self.configure(BalanceConfig(method=method, bias_update_speed=bias_update_speed))  # type: ignore[arg-type]
+        self.configure(
+            BalanceConfig(
+                method=method,  # type: ignore[arg-type]
+                bias_update_speed=bias_update_speed,
+                centre=centre,
+                aux_loss_alpha=aux_loss_alpha,
+                sequence_loss_alpha=sequence_loss_alpha,
+                z_loss_alpha=z_loss_alpha,
+            )
+        )
 
     def configure(self, config: BalanceConfig) -> None:
         """Balance by this section from the next forward on."""
@@ -111,7 +130,7 @@ class Balancer:
             if self._config.method == "sign":
                 assert isinstance(bias, Tensor)
                 bias.copy_(balance.sign_update(bias, counts, speed, centre=centre))
-            elif self._config.method == "quantile":
+            elif name in margins:
                 assert isinstance(bias, Tensor)
                 bias.copy_(balance.quantile_update(bias, margins[name], self._top_k(name)))
         return load

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.balance import load_balancing_loss, sequence_loss, z_loss
 from moe.balancer import Balancer
-from moe.config import BalanceConfig, ModelConfig
+from moe.config import ModelConfig
 from moe.layers import MoE
 from moe.layers.router import take_balance_loss
 from moe.model import Transformer
@@ -75,7 +75,7 @@ def test_z_loss_by_hand() -> None:
 def _layer(**balance: float) -> MoE:
     torch.manual_seed(0)
     layer = MoE(16, 8, num_experts_per_tok=2, moe_intermediate_size=8)
-    Balancer(layer).configure(BalanceConfig(**balance))  # type: ignore[arg-type]
+    Balancer(layer, **balance)  # type: ignore[arg-type]
     return layer
 
 
@@ -98,7 +98,7 @@ def test_only_training_with_gradients_pays() -> None:
     """Without alphas, in evaluation and without gradients there is no loss to add."""
     model, ids = _transformer(), torch.randint(0, 61, (2, 8))
     assert model(ids, labels=ids).balance_loss is None
-    Balancer(model).configure(BalanceConfig(z_loss_alpha=0.1))
+    Balancer(model, z_loss_alpha=0.1)
     assert model(ids, labels=ids).balance_loss is not None
     with torch.no_grad():
         assert model(ids, labels=ids).balance_loss is None
@@ -111,7 +111,7 @@ def test_losses_change_gradients_and_nothing_else() -> None:
     """Logits and loss are bitwise those without; the balance loss reaches the router's weight."""
     model, ids = _transformer(), torch.randint(0, 61, (2, 8))
     plain = model(ids, labels=ids)
-    Balancer(model).configure(BalanceConfig(method="aux_loss", aux_loss_alpha=0.1))
+    Balancer(model, method="aux_loss", aux_loss_alpha=0.1)
     asked = model(ids, labels=ids)
     assert torch.equal(plain.logits, asked.logits)
     assert torch.equal(plain.loss, asked.loss)
@@ -123,7 +123,7 @@ def test_losses_change_gradients_and_nothing_else() -> None:
 def test_the_transformers_loss_is_the_mean_over_layers() -> None:
     """Not over pooled tokens: a layer that collapses is not hidden by one that does not."""
     model, ids = _transformer(), torch.randint(0, 61, (2, 8))
-    Balancer(model).configure(BalanceConfig(method="aux_loss", aux_loss_alpha=1.0))
+    Balancer(model, method="aux_loss", aux_loss_alpha=1.0)
     seen = []
     for layer in model.layers[1:]:
         layer.mlp.router.register_forward_hook(
@@ -136,9 +136,8 @@ def test_the_transformers_loss_is_the_mean_over_layers() -> None:
 
 def test_an_auxiliary_loss_balances() -> None:
     """Gradient descent on the loss alone spreads tokens that all prefer the same experts."""
-    layer = _layer(method="aux_loss", aux_loss_alpha=1.0)  # type: ignore[arg-type]
-    balancer = Balancer(layer, method="aux_loss")
-    balancer.configure(BalanceConfig(method="aux_loss", aux_loss_alpha=1.0))
+    layer = _layer()
+    balancer = Balancer(layer, method="aux_loss", aux_loss_alpha=1.0)
     x = torch.randn(256, 16) + 2 * torch.randn(16)
     optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
     violations = []

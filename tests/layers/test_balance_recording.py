@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe.balancer import Balancer
-from moe.config import BalanceConfig
 from moe.errors import ConfigError
 from moe.layers import MoE
 from moe.layers.router import take_balance_loss
@@ -85,7 +84,7 @@ def test_balance_loss_leaves_a_checkpointed_region() -> None:
     gradients = []
     for how in ({}, {"use_reentrant": False}):
         block = Block()
-        Balancer(block).configure(BalanceConfig(z_loss_alpha=0.1, aux_loss_alpha=0.1))
+        Balancer(block, z_loss_alpha=0.1, aux_loss_alpha=0.1)
         torch.manual_seed(1)
         x = torch.randn(2, 10, 16, requires_grad=True)
         y = checkpoint(block, x, **how) if how else block(x)  # type: ignore[arg-type]
@@ -139,8 +138,7 @@ def test_the_bias_moves_in_fp32_whatever_the_model_is_cast_to(method: str) -> No
 def test_centring_keeps_the_mean_and_the_selection() -> None:
     """Uncentred biases drift when more experts are below the mean than above; centred ones do not, and route alike."""
     plain, centred = _layer(), _layer()
-    balancers = [Balancer(plain, bias_update_speed=0.01), Balancer(centred, bias_update_speed=0.01)]
-    balancers[1].configure(BalanceConfig(bias_update_speed=0.01, centre=True))
+    balancers = [Balancer(plain, bias_update_speed=0.01), Balancer(centred, bias_update_speed=0.01, centre=True)]
     torch.manual_seed(1)
     for _ in range(30):
         x = torch.randn(64, 16) + 1
