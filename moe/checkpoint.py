@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,15 +58,15 @@ def save_checkpoint(
             shutil.rmtree(final)
         aside.rename(final)
         _sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{final} cannot be written ({error.strerror}); earlier checkpoints are whole") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{final} cannot be written ({reason}); earlier checkpoints are whole") from None
     return final
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore model, optimizer and random generators, and return the stored state. The manifest must match."""
-    verify(path)
+    """Restore model, optimizer and random generators of a verified checkpoint, and return the stored state."""
     model.load_weights(path)
     state = read_state(path)
     tensors = load_file(path / "optimizer.safetensors")

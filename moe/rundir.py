@@ -20,6 +20,7 @@ earlier segments was lost, and `read_metrics` leaves it out.
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,8 +76,11 @@ class RunDir:
 
     def ledgers(self) -> list[Path]:
         """The ledgers present, the first node's first."""
-        others = sorted(self.root.glob("ledger.node*.jsonl"), key=lambda p: int(p.name.split(".")[1][4:]))
-        return [path for path in (self.ledger(), *others) if path.is_file()]
+        numbers = (
+            re.fullmatch(r"ledger\.node(\d+)\.jsonl", path.name) for path in self.root.glob("ledger.node*.jsonl")
+        )
+        others = sorted(int(match[1]) for match in numbers if match)
+        return [path for path in map(self.ledger, [0, *others]) if path.is_file()]
 
     def create(self) -> None:
         """Make the directory and prove it can be written. Raises ConfigError naming run.name otherwise."""
@@ -97,6 +101,8 @@ class RunDir:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CompareError(f"{path} is missing; the run did not get as far as writing it") from None
+        except OSError as error:
+            raise CompareError(f"{path} cannot be read ({error.strerror})") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CompareError(f"{path} is not valid JSON ({error}); restore it or run again") from None
 
@@ -122,16 +128,24 @@ class MetricsWriter:
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             os.write(self._fd, b"\n")  # a kill tore the last line: end it, readers skip what does not parse
+        self._pending = b""
+        self._path = path
         self.append({"resumed_step": resumed_step, "train/step": resumed_step})
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row, with segment and clocks added."""
+        """Write one row, with segment and clocks. Rows a full disk refuses wait in memory; stderr says so once."""
         stamp = {
             "segment": self._segment,
             "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "boottime_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         }
-        os.write(self._fd, (json.dumps({**stamp, **row}) + "\n").encode())
+        complained, self._pending = bool(self._pending), self._pending + (json.dumps({**stamp, **row}) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[os.write(self._fd, self._pending) :]
+        except OSError as error:
+            if not complained:
+                print(f"{self._path} cannot be written ({error.strerror}): rows are kept in memory", file=sys.stderr)
 
     def sync(self) -> None:
         """Put what was written on the disk."""
@@ -160,7 +174,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or "segment" not in row or "train/step" not in row:
             raise CompareError(f"{path} line {number} has no segment or train/step; is it a metrics file?")
         if "resumed_step" in row:
-            rows = [kept for kept in rows if kept["train/step"] <= row["resumed_step"]]
+            resumed = row["resumed_step"]  # 0 starts anew: not even the evaluation before the first step is kept
+            rows = [kept for kept in rows if 0 < resumed >= kept["train/step"]]
         else:
             rows.append(row)
     return rows

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, and the trackers the recipe asks for, opened by rank 0 alone."""
 
+import importlib.util
 import netrc
 import os
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from moe.config import Recipe
+from moe.errors import ConfigError
 from moe.parallel import ranks
 from moe.rundir import MetricsWriter, RunDir, write_json
 
@@ -58,6 +60,8 @@ def _open_wandb(recipe: Recipe, run: RunDir) -> Any:
     """accelerate's W&B tracker on this run; a resumed run continues under the same id."""
     from accelerate.tracking import WandBTracker
 
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("tracking.trackers=wandb needs the package wandb: pip install wandb, or use none")
     identity = run.root / "tracking.json"
     if not identity.is_file():
         write_json(identity, {"wandb_id": f"{recipe.run.name}-{os.urandom(4).hex()}"})

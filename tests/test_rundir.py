@@ -59,6 +59,16 @@ def test_metrics_keep_the_final_lineage(tmp_path: Path) -> None:
     assert boottimes == sorted(boottimes)
 
 
+def test_a_restart_at_zero_keeps_nothing(tmp_path: Path) -> None:
+    """The evaluation before the first step of an earlier, lost attempt is not this lineage's."""
+    path = tmp_path / "metrics.jsonl"
+    for segment, loss in enumerate((9.0, 8.0)):
+        writer = MetricsWriter(path, segment=segment, resumed_step=0)
+        writer.append({"train/step": 0, "eval/loss": loss})
+        writer.close()
+    assert [row["eval/loss"] for row in read_metrics(path)] == [8.0]
+
+
 def test_foreign_metrics_are_refused(tmp_path: Path) -> None:
     """A file of another program is named with its line."""
     path = tmp_path / "metrics.jsonl"
@@ -86,6 +96,12 @@ def test_json_files_are_whole_or_old(tmp_path: Path) -> None:
 
 def test_ledgers_of_all_nodes_in_order(tmp_path: Path) -> None:
     """The first node's comes first and numbers sort as numbers."""
-    for name in ("ledger.node10.jsonl", "ledger.node2.jsonl", "ledger.jsonl", "ledger.jsonl.lock"):
+    for name in (
+        "ledger.node10.jsonl",
+        "ledger.node2.jsonl",
+        "ledger.nodeX.jsonl",
+        "ledger.jsonl",
+        "ledger.jsonl.lock",
+    ):
         (tmp_path / name).write_text("")
     assert [p.name for p in RunDir(tmp_path).ledgers()] == ["ledger.jsonl", "ledger.node2.jsonl", "ledger.node10.jsonl"]

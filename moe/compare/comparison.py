@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe.compare import sentences
 from moe.compare.equal_loss import AXES, UNITS, Crossing, Side, cheapest_ratio, cross, reachable
 from moe.compare.result import Entry, Result
-from moe.compare.runs import Run, load_runs
+from moe.compare.runs import Run, load_runs, same_part
 from moe.errors import CompareError
 
 if TYPE_CHECKING:
@@ -81,14 +81,15 @@ def _sides(runs: Sequence[Run], crossings: Sequence[Crossing]) -> dict[str, Side
 
 
 def _unit(runs: Sequence[Run]) -> tuple[bool, str]:
-    """Whether all runs share validation text and tokenizer, and the unit their losses can be compared in."""
+    """Whether all runs share tokenizer and evaluated text, and the unit their losses can be compared in."""
     keys = [tuple(run.data.get(key) for key in ("validation_sha256", "tokenizer_sha256")) for run in runs]
-    if len(runs) == 1 or (None not in keys[0] and len(set(keys)) == 1):
+    recorded = None not in keys[0] and len(set(keys)) == 1
+    if len(runs) == 1 or (recorded and same_part(runs)):
         return True, UNITS[0]
     for run in runs:
         if any(point.bits_per_byte is None for point in run.curve):
             raise CompareError(
-                "the runs differ in validation text or tokenizer, so only bits per byte could compare them, and "
+                "the runs differ in tokenizer or evaluated text, so only bits per byte could compare them, and "
                 f"{run.name} has an evaluation without eval/bits_per_byte"
             )
     return False, UNITS[1]

@@ -5,7 +5,7 @@ from html import escape
 
 from moe.compare.result import Result
 from moe.compare.runs import Run
-from moe.compare.sentences import number
+from moe.compare.sentences import evaluated, number
 from moe.compare.table import cost
 
 __all__ = ["section"]
@@ -37,6 +37,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         )
     yield "Training FLOPs per token", number(run.flops_per_token)
     yield "Sequence", f"{train.seq_len} tokens"
+    yield "Evaluated on", evaluated(run)
     yield "Batch", f"{train.global_batch_size} sequences"
     yield "Seed", str(run.recipe.run.seed)
     yield "Tokens", number(run.tokens)

@@ -20,7 +20,7 @@ from moe.rundir import RunDir, read_metrics
 if TYPE_CHECKING:
     from moe.energy import Fold
 
-__all__ = ["EvalPoint", "Run", "load_run", "load_runs", "printable"]
+__all__ = ["EvalPoint", "Run", "load_run", "load_runs", "printable", "same_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class EvalPoint:
     loss: float  # nats per token
     loss_se: float | None  # standard error over validation sequences, nats per token
     bits_per_byte: float | None
+    sequences: int | None  # the first so many of the validation text; None is all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Run:
     @property
     def parameters_active(self) -> int:
         return accounting.num_parameters(self.recipe.model, active=True)
+
+    @property
+    def evaluated(self) -> tuple[int, frozenset[int | None]]:
+        """What its losses are means over: tokens a sequence, and how many sequences (None: all there are)."""
+        return self.recipe.train.seq_len, frozenset(point.sequences for point in self.curve)
 
     @property
     def flops_per_token(self) -> float:
@@ -108,14 +114,15 @@ def load_run(path: str | Path) -> Run:
     fold = fold_ledgers(ledgers)
     _check_whole(name, rows, fold)
     total = fold.total
-    curve = [_point(name, row, fold) for row in rows if "eval/loss" in row]
+    data = _object(directory, directory.data)
+    curve = [_point(name, row, fold, recipe, data) for row in rows if "eval/loss" in row]
     if not curve:
         raise CompareError(f"{name} has no evaluation yet, so it has no loss to compare; let it reach its first one")
     return Run(
         name=name,
         path=directory.root.resolve(),
         recipe=recipe,
-        data=_object(directory, directory.data),
+        data=data,
         environment=_object(directory, directory.environment),
         curve=tuple(curve),
         tokens=max(row.get("train/tokens", 0) for row in rows),
@@ -132,6 +139,17 @@ def load_run(path: str | Path) -> Run:
         device_uuids=frozenset(device.uuid for device in fold.devices),
         meter_notes=tuple(printable(note) for note in fold.notes),
     )
+
+
+def same_part(runs: Sequence[Run]) -> bool:
+    """Whether the evaluations of all runs took the same part of a validation text, in sequences of one length.
+
+    As many sequences of another tokenizer are another part of the text, unless it is all of it.
+    """
+    kinds = {run.evaluated for run in runs}
+    tokenizers = {run.data.get("tokenizer_sha256") for run in runs}
+    (_, parts), *others = kinds
+    return not others and (parts == {None} or (len(parts) == 1 and len(tokenizers) == 1))
 
 
 def printable(text: str) -> str:
@@ -156,7 +174,7 @@ def _check_whole(name: str, rows: Sequence[Mapping[str, Any]], fold: "Fold") -> 
         )
 
 
-def _point(name: str, row: Mapping[str, Any], fold: "Fold") -> EvalPoint:
+def _point(name: str, row: Mapping[str, Any], fold: "Fold", recipe: Recipe, data: Mapping[str, Any]) -> EvalPoint:
     step = row["train/step"]
 
     def optional(key: str) -> float | None:
@@ -166,9 +184,10 @@ def _point(name: str, row: Mapping[str, Any], fold: "Fold") -> EvalPoint:
         loss, tokens = float(row["eval/loss"]), int(row["train/tokens"])
         error, bits = optional("eval/loss_se"), optional("eval/bits_per_byte")
         segment, boottime_ns = int(row["segment"]), int(row["boottime_ns"])
+        counted = optional("eval/sequences")
     except (KeyError, TypeError, ValueError):
         raise CompareError(f"{name}: the evaluation at step {step} is incomplete in metrics.jsonl") from None
-    if not all(math.isfinite(number) for number in (loss, error or 0.0, bits or 0.0)):
+    if not all(math.isfinite(number) for number in (loss, error or 0.0, bits or 0.0, counted or 0.0)):
         raise CompareError(f"{name}: the loss of the evaluation at step {step} is not finite; the run diverged")
     energy_j, device_hours = fold.at(segment, boottime_ns)
     return EvalPoint(
@@ -179,7 +198,19 @@ def _point(name: str, row: Mapping[str, Any], fold: "Fold") -> EvalPoint:
         loss=loss,
         loss_se=error,
         bits_per_byte=bits,
+        sequences=_part(counted, recipe, data),
     )
+
+
+def _part(counted: float | None, recipe: Recipe, data: Mapping[str, Any]) -> int | None:
+    """How many validation sequences an evaluation took, as its row or else the recipe tells; None for all of them."""
+    wanted = recipe.train.eval_sequences
+    tokens = data.get("validation_tokens")
+    if not isinstance(tokens, int):  # how many there are was not recorded
+        return None if wanted is None else int(wanted if counted is None else counted)
+    held = tokens // recipe.train.seq_len
+    taken = (held if wanted is None else wanted) if counted is None else int(counted)
+    return taken if taken < held else None
 
 
 def _gain(fold: "Fold") -> float:

@@ -1,11 +1,13 @@
 """What a comparison says in words: the verdict first, then what a reader must know to trust or doubt it."""
 
+import math
 from collections.abc import Sequence
 
 from moe.compare.equal_loss import AXES, Ratio, Span, first_may_reach, scores
 from moe.compare.result import Entry
+from moe.compare.runs import Run, same_part
 
-__all__ = ["ESTIMATE", "cheaper", "includes_one", "notes", "number", "span_text", "verdict"]
+__all__ = ["ESTIMATE", "cheaper", "evaluated", "includes_one", "notes", "number", "span_text", "verdict"]
 
 ESTIMATE = "energy is time x declared power"
 """Said whenever a side's energy is an estimate: it then holds nothing device-hours do not."""
@@ -77,12 +79,27 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def evaluated(run: Run) -> str:
+    """What an evaluation took of the validation text: `64 sequences of 256 tokens`, `all sequences of …`."""
+    seq_len, parts = run.evaluated
+    counts = ["all" if part is None else str(part) for part in sorted(parts, key=lambda part: part or math.inf)]
+    return f"{' or '.join(counts)} sequences of {seq_len} tokens"
+
+
 def _data(entries: Sequence[Entry], unit: str, same_data: bool) -> list[str]:
     said = []
     if not same_data:
-        same_text = len({entry.run.data.get("validation_sha256") for entry in entries}) == 1
-        reason = "tokenizers differ" if same_text else "validation texts differ, which no unit makes up for"
-        said.append(f"Losses are compared in {unit}: the {reason}.")
+        runs = [entry.run for entry in entries]
+        texts = len({run.data.get("validation_sha256") for run in runs}) > 1
+        tokenizers = len({run.data.get("tokenizer_sha256") for run in runs}) > 1
+        parts = not same_part(runs)
+        differ = (("validation texts", texts), ("tokenizers", tokenizers), ("evaluated sequences", parts))
+        reasons = " and the ".join(word for word, told in differ if told)
+        reason = f"the {reasons} differ" if reasons else "the hashes of text and tokenizer were not recorded"
+        said.append(f"Losses are compared in {unit}: {reason}.")
+        if texts or parts:
+            sequences = ", ".join(f"{run.name}: {evaluated(run)}" for run in runs)
+            said.append(f"The evaluated text differs, which no unit makes up for ({sequences}).")
     if len({entry.run.data.get("train_sha256") for entry in entries}) > 1:
         said.append("The runs were trained on different text.")
     if any(point.loss_se is None for entry in entries for point in entry.run.curve):

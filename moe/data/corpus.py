@@ -71,7 +71,7 @@ def _sources(modules: Iterable[str]) -> list[str]:
 
 
 def _files(path: Path, validation_fraction: float) -> Corpus:
-    """A text file, cut in two by bytes, or a folder, split by file through a hash of each file's relative name."""
+    """A text file, cut in two by characters, or a folder, split by file through a hash of each file's relative name."""
     if not path.exists():
         raise DataError(f"data.source={str(path)!r} does not exist; give stdlib, a text file or a folder of them")
     if path.is_file():
@@ -79,7 +79,7 @@ def _files(path: Path, validation_fraction: float) -> Corpus:
         cut = int(len(text) * (1 - validation_fraction))
         train, validation = [text[:cut]], [text[cut:]]
     else:
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
         ranked = sorted(files, key=lambda file: hashlib.sha256(str(file.relative_to(path)).encode()).digest())
         held_out = set(ranked[: max(1, round(len(files) * validation_fraction))])
         train = [_read(file) for file in files if file not in held_out]
@@ -90,6 +90,11 @@ def _files(path: Path, validation_fraction: float) -> Corpus:
                 f"data.source={str(path)!r} leaves the {name} split without text; give more, or longer, files"
             )
     return Corpus(source=str(path), train=tuple(filter(None, train)), validation=tuple(filter(None, validation)))
+
+
+def _hidden(place: Path) -> bool:
+    """Whether a file or a folder above it is hidden: a checkout's .git is not text."""
+    return any(part.startswith(".") for part in place.parts)
 
 
 def _read(file: Path) -> str:

@@ -1,8 +1,10 @@
 """Making a run's parts in the right order, and a recipe's command line."""
 
+import errno
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
 import torch
@@ -13,7 +15,7 @@ from moe.config import Recipe, parse_overrides
 from moe.config.parse import help_text
 from moe.data import TokenData, load_corpus, prepare
 from moe.data.tokens import train_tokenizer
-from moe.errors import MoEError
+from moe.errors import ConfigError, MoEError
 from moe.model import Transformer
 from moe.optim import build_optimizer
 from moe.parallel import ranks
@@ -24,9 +26,11 @@ from moe.trainer.environment import describe
 from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import StopRequest
-from moe.trainer.start import find_start
+from moe.trainer.start import Start, discard_later, find_start
 
 __all__ = ["main", "train"]
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(recipe: Recipe, words: Sequence[str] | None = None) -> None:
@@ -43,6 +47,11 @@ def main(recipe: Recipe, words: Sequence[str] | None = None) -> None:
         outcome = train(parse_overrides(recipe, words))
     except MoEError as error:
         _exit(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        name = error.filename or "a file"
+        _exit(f"{name} cannot be written ({error.strerror}); mend that, and the same command goes on")
     if outcome.reason in signal.Signals.__members__:
         raise SystemExit(128 + signal.Signals[outcome.reason])
 
@@ -51,67 +60,105 @@ def train(recipe: Recipe) -> Outcome:
     """Train `recipe` to its end, a budget or a signal, resuming where its run directory stands.
 
     Raises ConfigError, DataError, CheckpointError, LedgerError, SensorError or TrainingError; the run directory is
-    whole whatever happens.
+    whole whatever happens, and signals are handled as before the call once it is over.
     """
     run = RunDir.named(recipe.run.name, recipe.run.directory)
-    stop = StopRequest()
-    engine = Engine(recipe.train)
-    recipe.train.accumulation(engine.ranks)
-    start = find_start(recipe, run)
-    for complaint in start.complaints:
-        _say(f"passed over: {complaint}")
-    if start.step >= recipe.train.max_steps:
-        _say(f"{run.root} is complete at step {start.step}; raise train.max_steps to train on, or take a new run.name")
-        return Outcome(start.step, "complete")
-    if ranks.is_first():
-        run.create()
-        write_json(run.config, recipe.to_dict())
-    ranks.barrier()
-
-    meter = TrainingMeter(recipe, run, engine, start)
-    tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
-    try:
+    with ExitStack() as closing:
+        stop = StopRequest()
+        closing.callback(stop.restore)
+        engine = Engine(recipe.train)
+        closing.callback(engine.close)
+        recipe.train.accumulation(engine.ranks)
+        start = find_start(recipe, run)
+        _check_agreement(start, engine)
+        for complaint in start.complaints:
+            _say(f"passed over: {complaint}")
+        if start.step >= recipe.train.max_steps:
+            where = f"{run.root} is complete at step {start.step}"
+            _say(f"{where}; raise train.max_steps to train on, or take a new run.name")
+            return Outcome(start.step, "complete")
         if ranks.is_first():
+            run.create()
+        ranks.barrier()
+
+        # the ledger's lock is the run's: a second launch stops here, before it has changed a file
+        meter = TrainingMeter(recipe, run, engine, start)
+        closing.callback(meter.stop)
+        if ranks.is_first():
+            for discarded in discard_later(run, start):
+                _say(f"set aside: {discarded}, which is beyond step {start.step}")
+            write_json(run.config, recipe.to_dict())
             write_json(run.environment, describe(engine.device, meter.device_uuids))
+        tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
+        closing.callback(tracking.close)
         meter.phase("data")
-        data = _data(recipe, run, keep_tokenizer=start.trained)
+        data = _data(recipe, run, trained=start.trained)
         meter.phase("idle")
-        torch.manual_seed(recipe.run.seed)
-        model = Transformer(recipe.model).to(engine.device)
-        optimizer = build_optimizer(model, recipe.optim)
-        if start.checkpoint:
-            load_checkpoint(start.checkpoint, model, optimizer)
-            _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
-        if recipe.train.compile:
-            model.compile()
-        balancer = Balancer(
-            model, method=recipe.balance.method if recipe.model.is_moe else "none",
-            bias_update_speed=recipe.balance.bias_update_speed,
-        )  # fmt: skip
-        loop = Loop(recipe, run, engine, model, engine.prepare(model), optimizer, balancer, data, meter, tracking, stop)
-        outcome = loop.steps(start.step)
+        outcome = _loop(recipe, run, engine, start, data, meter, tracking, stop).steps(start.step)
         _say(_farewell(run, outcome))
-    finally:
-        meter.stop()
-        tracking.close()
-        stop.restore()
-        engine.close()
-    return outcome
+        return outcome
 
 
-def _data(recipe: Recipe, run: RunDir, *, keep_tokenizer: bool) -> TokenData:
-    """The first rank trains the tokenizer into the run directory; every rank reads it there and tokenises alike."""
+def _loop(
+    recipe: Recipe,
+    run: RunDir,
+    engine: Engine,
+    start: Start,
+    data: TokenData,
+    meter: TrainingMeter,
+    tracking: Tracking,
+    stop: StopRequest,
+) -> Loop:
+    """Model, optimizer and balancer, new or as the checkpoint left them."""
+    torch.manual_seed(recipe.run.seed)
+    model = Transformer(recipe.model).to(engine.device)
+    optimizer = build_optimizer(model, recipe.optim)
+    if start.checkpoint:
+        load_checkpoint(start.checkpoint, model, optimizer)
+        _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
+    if recipe.train.compile:
+        model.compile()
+    balancer = Balancer(
+        model, method=recipe.balance.method if recipe.model.is_moe else "none",
+        bias_update_speed=recipe.balance.bias_update_speed,
+    )  # fmt: skip
+    return Loop(recipe, run, engine, model, engine.prepare(model), optimizer, balancer, data, meter, tracking, stop)
+
+
+def _check_agreement(start: Start, engine: Engine) -> None:
+    """Every rank must have found the same checkpoint: the run directory lies in a folder that all nodes share."""
+    steps = ranks.gather_texts(str(start.step), engine.device)
+    if len(set(steps)) > 1:
+        raise ConfigError(
+            f"ranks found checkpoints of steps {', '.join(steps)}: run.directory must be shared by all nodes"
+        )
+
+
+def _data(recipe: Recipe, run: RunDir, *, trained: bool) -> TokenData:
+    """The first rank trains the tokenizer into the run directory; every rank reads it there and tokenises alike.
+
+    Raises ConfigError when the run was trained on other text: half a curve on each would be no curve.
+    """
     corpus = load_corpus(recipe.data)
-    if ranks.is_first() and not (keep_tokenizer and run.tokenizer.is_file()):
+    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
         train_tokenizer(corpus, recipe.model.vocab_size, run.tokenizer)
     ranks.barrier()
     data = prepare(corpus, run.tokenizer, recipe.model.vocab_size)
+    facts = data.facts.to_dict()
+    if trained and run.data.is_file():
+        for name, before in run.read_json(run.data).items():
+            if name.endswith("sha256") and facts.get(name) != before:
+                raise ConfigError(
+                    f"data.source={recipe.data.source}: {name} is {str(facts.get(name))[:16]}, but run "
+                    f"{recipe.run.name!r} was trained with {str(before)[:16]}; restore that text (and Python version, "
+                    "for stdlib), or choose another run.name"
+                )
+    ranks.barrier()  # everyone has compared before the first rank writes
     if ranks.is_first():
-        write_json(run.data, data.facts.to_dict())
-    facts = data.facts
+        write_json(run.data, facts)
     _say(
-        f"{facts.source}: {facts.train_tokens:,} training and {facts.validation_tokens:,} validation tokens, "
-        f"corpus sha256 {facts.corpus_sha256[:16]}"
+        f"{data.facts.source}: {data.facts.train_tokens:,} training and {data.facts.validation_tokens:,} validation "
+        f"tokens, corpus sha256 {data.facts.corpus_sha256[:16]}"
     )
     return data
 

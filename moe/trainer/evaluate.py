@@ -40,6 +40,7 @@ def evaluate(
     variance = max(0.0, squares / number - mean**2) * number / max(1.0, number - 1)
     metrics = {
         "eval/loss": mean,
+        "eval/sequences": number,
         "eval/loss_se": math.sqrt(variance / number),
         "eval/bits_per_byte": mean / math.log(2) * facts.validation_tokens / facts.validation_bytes,
     }

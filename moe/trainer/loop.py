@@ -68,6 +68,10 @@ class Loop:
         train = recipe.train
         self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
         self.eval_sequences = Sequences(data.validation, train.seq_len, None)
+        if len(self.eval_sequences) < engine.ranks:
+            train.fail("seq_len", f"leaves {len(self.eval_sequences)} validation sequences for {engine.ranks} ranks")
+        self._before: Tensor | None = None  # the step before's losses
+        self._newest: tuple[Tensor, Tensor] | None = None  # the last step's losses and gradient norm
         self.accumulation = train.accumulation(engine.ranks)
         self.micro_batch = train.global_batch_size // (engine.ranks * self.accumulation)
         self.tokens_per_step = train.global_batch_size * train.seq_len
@@ -75,10 +79,15 @@ class Loop:
     def steps(self, first: int) -> Outcome:
         """Train from step `first` to the end, a budget, or a signal; always ends in a checkpoint."""
         train = self.recipe.train
-        progress = tqdm(
+        bar = tqdm(
             total=train.max_steps, initial=first, unit="step", desc=self.recipe.run.name,
             disable=not ranks.is_first(), mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True,
         )  # fmt: skip
+        with bar:
+            return self._steps(first, bar)
+
+    def _steps(self, first: int, progress: tqdm) -> Outcome:
+        train = self.recipe.train
         step, reason, metrics = first, "complete", {}
         rate = _Rate(self.tokens_per_step, first)
         if first == 0:
@@ -90,7 +99,7 @@ class Loop:
             self.meter.progress(step, step * self.tokens_per_step)
             logged = step % train.log_every_steps == 0 or step == train.max_steps
             if logged:
-                loss, balance_loss = losses.tolist()
+                loss, balance_loss, _ = losses.tolist()
                 cost = self.meter.cost()
                 self._log(step, loss, balance_loss, norm, load, cost, rate.stop(step))
                 progress.set_postfix_str(_postfix(loss, metrics, cost), refresh=False)
@@ -99,18 +108,21 @@ class Loop:
             else:
                 rate.pause()
             progress.update()
-            if self._asked_to_stop(logged):
+            if self._asked_to_stop(losses):
                 reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
             done = step == train.max_steps or reason != "complete"
             if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
                 metrics = self._evaluate(step)
             if step % train.checkpoint_every_steps == 0 or done:
                 self._save(step)
-        progress.close()
         return Outcome(step, reason, metrics)
 
     def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
-        """One optimizer step. Returns the global batch's loss and balance loss, the gradient's norm, experts' load."""
+        """One optimizer step.
+
+        Returns the global batch's loss, its balance loss and how many ranks were asked to stop (one tensor, one
+        collective), the gradient's norm, and the experts' load.
+        """
         self.meter.phase("data")
         batch = self.recipe.train.global_batch_size
         mine = step * batch + ranks.rank() * self.micro_batch * self.accumulation
@@ -122,7 +134,8 @@ class Loop:
         weight = 1 / (self.engine.ranks * self.accumulation)
 
         self.meter.phase("forward_backward")
-        losses = torch.zeros(2, device=self.engine.device)
+        losses = torch.zeros(3, device=self.engine.device)
+        losses[2] = float(bool(self.stop))
         for number, cpu_ids in enumerate(batches):
             ids = self.engine.to_device(cpu_ids)
             with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
@@ -131,7 +144,7 @@ class Loop:
                 balance_loss = out.loss.new_zeros(()) if out.balance_loss is None else out.balance_loss
                 # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
                 ((out.loss + balance_loss) / self.accumulation).backward()
-            losses += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
+            losses[:2] += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
 
         self.meter.phase("optimizer")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -139,23 +152,21 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = self.balancer.step()
-        return ranks.all_reduce_sum(losses), norm, load
+        self._newest = ranks.all_reduce_sum(losses), norm
+        return losses, norm, load
 
-    def _asked_to_stop(self, logged: bool) -> bool:
-        """Whether any rank got a signal. Several ranks agree on it at logged steps, where they meet anyway."""
+    def _asked_to_stop(self, losses: Tensor) -> bool:
+        """Whether any rank got a signal. Several ranks agree on it one step late, when no GPU is waited for."""
         if self.engine.ranks == 1:
             return bool(self.stop)
-        return logged and ranks.sum_numbers([float(bool(self.stop))], self.engine.device)[0] > 0
+        before, self._before = self._before, losses
+        return before is not None and float(before[2]) > 0
 
     def _log(
         self, step: int, loss: float, balance_loss: float, norm: Tensor, load: Load, cost: Cost, rate: float
     ) -> None:
-        """Write a metrics row. Raises TrainingError when the loss is not finite."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"train/loss is {loss} at step {step}; checkpoints up to the last save are whole in "
-                f"{self.run.checkpoints}: start a new run.name with a lower optim.lr, or train.resume from one of them"
-            )
+        """Write a metrics row. Raises TrainingError when loss or gradient are not finite."""
+        self._check_finite(step)
         row: dict[str, Any] = {
             "train/step": step,
             "train/tokens": step * self.tokens_per_step,
@@ -174,6 +185,18 @@ class Loop:
             row["router/bias_range"] = self.balancer.bias_range()
         self.tracking.log(row)
 
+    def _check_finite(self, step: int) -> None:
+        """Before anything of the last step is written down: NaN weights must not become the newest checkpoint."""
+        if self._newest is None:
+            return
+        loss, norm = float(self._newest[0][0]), float(self._newest[1])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"train/loss is {loss} and train/grad_norm is {norm} at step {step}; every checkpoint in "
+                f"{self.run.checkpoints} is of before: train.resume one of them, or start a new run.name, with a lower "
+                "optim.lr"
+            )
+
     def _evaluation_due(self, step: int) -> bool:
         every = self.recipe.train.eval_every_tokens
         return step * self.tokens_per_step // every > (step - 1) * self.tokens_per_step // every
@@ -186,7 +209,7 @@ class Loop:
             self.engine,
             self.eval_sequences,
             self.facts,
-            count=min(wanted, len(self.eval_sequences)),
+            count=min(max(wanted, self.engine.ranks), len(self.eval_sequences)),
             batch_size=self.micro_batch,
         )
         # the row's clock is what `moe compare` looks up in the ledger: a loss costs its measuring too
@@ -194,6 +217,7 @@ class Loop:
         return metrics
 
     def _save(self, step: int) -> None:
+        self._check_finite(step)
         self.meter.phase("checkpoint")
         tokens = step * self.tokens_per_step
         ledger = self.meter.flush(step, tokens)

@@ -1,5 +1,6 @@
 """Where a run starts: anew, from its newest whole checkpoint, or from a named one."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from moe.config import Recipe
 from moe.errors import CheckpointError, CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
 
-__all__ = ["Start", "find_start"]
+__all__ = ["Start", "discard_later", "find_start"]
 
 # what may differ between a run and its continuation: how long, how watched, how saved; never what is learnt
 _MAY_CHANGE = {
@@ -18,7 +19,6 @@ _MAY_CHANGE = {
         "checkpoint_every_steps",
         "compile",
         "eval_every_tokens",
-        "eval_sequences",
         "keep_checkpoints",
         "log_every_steps",
         "max_device_hours",
@@ -62,11 +62,21 @@ def find_start(recipe: Recipe, run: RunDir) -> Start:
     if trained:
         _check_same(recipe, run)
     if resume not in ("auto", "never"):
-        return _from(Path(resume), trained, ())
+        return _named(Path(resume), run, trained)
     newest, complaints = newest_whole(run.checkpoints)
     if newest is None:
         return Start(trained=trained, complaints=tuple(complaints))
     return _from(newest, trained, tuple(complaints))
+
+
+def discard_later(run: RunDir, start: Start) -> list[Path]:
+    """Rename checkpoints beyond the start, so that neither `auto` nor pruning takes them for this lineage's."""
+    discarded = []
+    for path in list_checkpoints(run.checkpoints):
+        if int(path.name.removeprefix("step_")) > start.step:
+            aside = path.with_name(f"discarded_{path.name}_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+            discarded.append(path.rename(aside))
+    return discarded
 
 
 def _has_trained(run: RunDir) -> bool:
@@ -76,11 +86,20 @@ def _has_trained(run: RunDir) -> bool:
     return run.metrics.is_file() and any("train/loss" in row for row in read_metrics(run.metrics))
 
 
-def _from(checkpoint: Path, trained: bool, complaints: tuple[str, ...]) -> Start:
+def _named(checkpoint: Path, run: RunDir, trained: bool) -> Start:
     try:
         verify(checkpoint)
     except CheckpointError as error:
         raise ConfigError(f"train.resume={str(checkpoint)!r} cannot be used: {error}") from None
+    if checkpoint.resolve().parent != run.checkpoints.resolve():
+        raise ConfigError(
+            f"train.resume={str(checkpoint)!r} is not in {run.checkpoints}: what another run spent on it would be "
+            "missing from this one's ledger; copy that run's whole directory under the new name instead"
+        )
+    return _from(checkpoint, trained, ())
+
+
+def _from(checkpoint: Path, trained: bool, complaints: tuple[str, ...]) -> Start:
     state = read_state(checkpoint)
     return Start(trained, checkpoint, int(state["step"]), int(state["tokens"]), complaints)
 

@@ -67,13 +67,15 @@ def test_a_batch_is_a_function_of_seed_and_number() -> None:
 
 
 def test_a_folder_is_split_by_file(tmp_path: Path) -> None:
-    """The same files are held out wherever the folder lies; hidden files are not text."""
+    """The same files are held out wherever the folder lies; hidden files and folders are not text."""
     for copy in ("a", "b"):
         for number in range(20):
             file = tmp_path / copy / f"part{number % 3}" / f"{number}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"document {number}\n", encoding="utf-8")
         (tmp_path / copy / ".hidden").write_bytes(b"\xff")
+        (tmp_path / copy / ".git").mkdir()
+        (tmp_path / copy / ".git" / "index").write_bytes(b"\xff")
     one, two = (load_corpus(DataConfig(source=str(tmp_path / copy), validation_fraction=0.2)) for copy in ("a", "b"))
     assert (len(one.train), len(one.validation)) == (16, 4)
     assert one.sha256 == two.sha256

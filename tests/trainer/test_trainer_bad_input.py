@@ -1,6 +1,8 @@
 """What a user can get wrong at the command line: one sentence, exit code 2, no traceback, nothing lost."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,15 @@ Place = Any  # the fixture's class; conftest is not importable by name
 )
 def test_a_mistake_is_one_sentence(place: Place, words: list[str], sentence: str) -> None:
     """The last line is the sentence, nothing looks like a traceback, and no other folder appears."""
-    around = set(place.folder.parent.iterdir())
+    around = {path.name for path in place.folder.iterdir()} | {"runs"}
     done = place.python("run.name=bad", *words)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert sentence in lines[0]
     assert "Traceback" not in done.stderr
-    assert set(place.folder.parent.iterdir()) == around
+    assert {path.name for path in place.folder.iterdir()} | {"runs"} == around
+    assert {path.name for path in (place.folder / "runs").glob("*")} <= {"bad", "whole", "tiny"}
 
 
 def test_an_unwritable_run_directory(place: Place) -> None:
@@ -56,6 +59,51 @@ def test_a_changed_recipe_does_not_touch_the_run(whole: Place) -> None:
     assert {path: path.read_bytes() for path in whole.run("whole").rglob("*") if path.is_file()} == before
 
 
+def test_a_checkpoint_of_another_run_is_refused(whole: Place) -> None:
+    """Its cost is in another ledger: the comparison would be flattered."""
+    done = whole.python("run.name=thief", "train.resume=runs/whole/checkpoints/step_00000030")
+    assert done.returncode == 2
+    assert "is not in runs/thief/checkpoints: what another run spent on it would be missing" in done.stderr
+
+
+def test_wandb_that_is_not_installed_is_named(place: Place) -> None:
+    """The meter that was already running ends its ledger."""
+    code = (
+        "import sys; sys.modules['wandb'] = None; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from tiny_recipe import RECIPE, main\n"
+        "main(RECIPE)\n"
+    )
+    _, environment = place.command()
+    words = ["run.name=nowandb", "tracking.trackers=wandb"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), *words], env=environment, cwd=place.folder,
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "error: tracking.trackers=wandb needs the package wandb" in done.stderr
+    assert '"kind":"end"' in (place.run("nowandb") / "ledger.jsonl").read_text().splitlines()[-1]
+
+
+def test_signals_are_given_back(place: Place) -> None:
+    """After a failed start Ctrl-C and SIGTERM do again what they did before."""
+    code = (
+        "import signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tiny_recipe import RECIPE\n"
+        "from moe.config import parse_overrides\n"
+        "from moe.errors import DataError\n"
+        "from moe.trainer import train\n"
+        "before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]\n"
+        "try: train(parse_overrides(RECIPE, ['run.name=signals', 'data.source=nowhere']))\n"
+        "except DataError: print([signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before)\n"
+    )
+    _, environment = place.command()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent)], env=environment, cwd=place.folder,
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_mixed_precision_of_the_launcher_must_not_contradict(place: Place) -> None:
     """train.precision decides; a launcher that says otherwise is told."""
     done = place.python("run.name=bad", environment={"ACCELERATE_MIXED_PRECISION": "fp16"})
@@ -69,8 +117,6 @@ def test_two_processes_that_train_alone_are_refused(place: Place) -> None:
     environment.pop("ACCELERATE_USE_CPU")
     if os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU, where the launch is right")
-    import subprocess
-
     done = subprocess.run(command, env=environment, cwd=place.folder, capture_output=True, text=True, timeout=180)
     assert done.returncode != 0
     assert done.stderr.count("accelerate trains each of them alone") == 1

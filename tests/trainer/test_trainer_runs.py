@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe.checkpoint import verify
 from moe.config import Recipe
 from moe.energy import fold_ledgers
 from moe.model import Transformer
@@ -183,16 +184,110 @@ def test_kill_9_loses_no_ledger_and_resumes_bitwise(place: Place, long_losses: d
     fold = fold_ledgers(RunDir(place.run("killed")).ledgers()).to_json()
     assert [segment["ended"] for segment in fold["segments"]] == ["lost", "end"]
     assert fold["segments"][1]["first_step"] == newest
-    assert reached > newest
+    assert reached >= newest
     lineage = read_metrics(place.run("killed") / "metrics.jsonl")
     assert [r["train/step"] for r in lineage if "train/loss" in r] == list(range(1, 401))
 
 
+def test_two_ranks_stop_between_logged_steps(place: Place) -> None:
+    """Ranks agree on a stop without waiting for the next line of metrics, and evaluate fewer sequences than ranks."""
+    words = ("train.log_every_steps=100000", "train.eval_sequences=1")
+    process = _start(place, "quiet", *LONG, *words, "train.max_steps=4000", ranks=2)
+    deadline = time.monotonic() + 120
+    while not any(row["train/step"] >= 20 for row in _rows_so_far(place, "quiet")):  # rows of evaluations alone
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _wait_until_gone(place, "quiet", process, 25)
+    process.communicate()
+    assert len(list((place.run("quiet") / "checkpoints").glob("step_*"))) == 1
+
+
+def _rows_so_far(place: Place, name: str) -> list[dict[str, Any]]:
+    return place.rows(name) if (place.run(name) / "metrics.jsonl").is_file() else []
+
+
+def test_a_second_launch_of_a_living_run_changes_nothing(place: Place) -> None:
+    """The ledger's lock refuses it before config.json is touched."""
+    process = _start(place, "living", *LONG, "train.max_steps=4000")
+    _wait_for_step(place, "living", 5, process)
+    before = (place.run("living") / "config.json").read_bytes()
+    second = place.python("run.name=living", "train.max_steps=77")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert second.returncode == 2, second.stderr
+    assert second.stderr.count("error: ") == 1
+    assert (place.run("living") / "config.json").read_bytes() == before
+
+
+def _copy_of(place: Place, name: str) -> None:
+    """The finished run under another name."""
+    shutil.copytree(place.run("whole"), place.run(name))
+    config = place.run(name) / "config.json"
+    config.write_text(config.read_text().replace('"whole"', f'"{name}"'))
+
+
+def test_a_rollback_sets_later_checkpoints_aside(whole: Place) -> None:
+    """Going on from step 30 of a run that reached 40: the old 40 is not taken for this lineage's, the new one is."""
+    _copy_of(whole, "rolled")
+    checkpoints = whole.run("rolled") / "checkpoints"
+    done = whole.python("run.name=rolled", "train.resume=runs/rolled/checkpoints/step_00000030", "train.max_steps=35")
+    assert done.returncode == 0, done.stderr
+    assert "set aside: runs/rolled/checkpoints/discarded_step_00000040" in done.stderr
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_00000030", "step_00000035"]
+    again = whole.python("run.name=rolled")
+    assert "goes on from step 35 of 40" in again.stderr
+    steps = [row["train/step"] for row in read_metrics(whole.run("rolled") / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(1, 41))
+
+
+def test_other_text_under_the_same_name_is_refused(place: Place) -> None:
+    """The corpus changed between two launches: half a curve on each would be no curve."""
+    assert place.python("run.name=text", "train.max_steps=10").returncode == 0
+    text = place.folder / "text"
+    before, facts = text.read_text(), (place.run("text") / "data.json").read_bytes()
+    text.write_text(before.replace("a", "o"))
+    done = place.python("run.name=text", "train.max_steps=20")
+    text.write_text(before)
+    assert done.returncode == 2
+    assert "error: data.source=text: corpus_sha256 is" in done.stderr
+    assert (place.run("text") / "data.json").read_bytes() == facts
+
+
+def test_weights_that_are_not_finite_are_never_saved(place: Place) -> None:
+    """A diverging run between two logged steps: the checkpoint is refused, not written as the newest."""
+    words = ("optim.lr=1e30", "optim.warmup_steps=0", "train.log_every_steps=7", "train.checkpoint_every_steps=5")
+    done = place.python("run.name=diverged", *words)
+    assert done.returncode == 2, done.stderr
+    assert "error: train/loss is" in done.stderr
+    assert not list((place.run("diverged") / "checkpoints").iterdir())
+
+
+def test_a_full_disk_ends_in_a_sentence(place: Place, tmp_path: Path) -> None:
+    """One mebibyte, filled by checkpoints: what was saved before is whole, and nothing half-written is left."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system needs root and the right to mount")
+    try:
+        done = place.python(
+            "run.name=full", f"run.directory={tmp_path}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=99"
+        )
+        assert done.returncode == 2, done.stderr
+        assert "cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr
+        left = list((tmp_path / "full" / "checkpoints").iterdir())
+        assert left
+        for path in left:
+            verify(path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_a_damaged_checkpoint_is_passed_over(whole: Place) -> None:
     """One flipped byte in the newest: it is named, and the one before is used."""
-    shutil.copytree(whole.run("whole"), whole.run("damaged"))
-    config = whole.run("damaged") / "config.json"
-    config.write_text(config.read_text().replace('"whole"', '"damaged"'))
+    _copy_of(whole, "damaged")
     file = whole.run("damaged") / "checkpoints/step_00000040/model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
