@@ -85,17 +85,21 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         tokenizer: str = "t",
         bits: float | None = 0.5,
         model: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
+        validation_tokens: int | None = None,
+        sequences: int | None = None,
         environment: dict[str, Any] | None = None,
         ledger: bool = True,
     ) -> Path:
         root = tmp_path / name
         root.mkdir(parents=True)
         parts = parts or [(0, evaluations[-1][0] if evaluations else TOKENS_PER_STEP, evaluations)]
-        config = {"run": {"name": "x"}, "model": MODEL | (model or {})}
+        config = {"run": {"name": "x"}, "model": MODEL | (model or {}), "train": train or {}}
         (root / "config.json").write_text(json.dumps(config))
-        (root / "data.json").write_text(
-            json.dumps({"validation_sha256": validation, "tokenizer_sha256": tokenizer, "train_sha256": "train"})
-        )
+        data: dict[str, Any] = {"validation_sha256": validation, "tokenizer_sha256": tokenizer, "train_sha256": "train"}
+        if validation_tokens is not None:
+            data["validation_tokens"] = validation_tokens
+        (root / "data.json").write_text(json.dumps(data))
         (root / "environment.json").write_text(
             json.dumps(
                 {"world_size": len(uuids), "device_type": "cuda", "device_name": "Test GPU"} | (environment or {})
@@ -118,6 +122,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                     }
                     if row["eval/loss_se"] is None:
                         del row["eval/loss_se"]
+                    if sequences is not None:
+                        row["eval/sequences"] = float(sequences)
                     if bits is not None:
                         row["eval/bits_per_byte"] = loss * bits
                     file.write(json.dumps(row) + "\n")

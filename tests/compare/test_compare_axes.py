@@ -37,6 +37,78 @@ def test_other_validation_text_is_said_plainly(make_run, steps):
     assert any("validation texts differ" in note for note in comparison.notes)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        pytest.param(
+            {"train": {"eval_sequences": 50}},
+            {"train": {"eval_sequences": 40}},
+            "moe: 50 sequences of 256 tokens, dense: 40 sequences of 256 tokens",
+            id="a part each, by the recipe",
+        ),
+        pytest.param(
+            {"train": {"seq_len": 512}, "validation_tokens": 51_200},
+            {"train": {"seq_len": 256}, "validation_tokens": 51_200},
+            "moe: all sequences of 512 tokens, dense: all sequences of 256 tokens",
+            id="all of it, in sequences of another length",
+        ),
+        pytest.param(
+            {"validation_tokens": 25_600, "sequences": 100},
+            {"validation_tokens": 25_600, "sequences": 64},
+            "moe: all sequences of 256 tokens, dense: 64 sequences of 256 tokens",
+            id="a part, by what its evaluations tell",
+        ),
+    ],
+)
+def test_evaluations_of_other_sequences_are_not_compared_in_nats(make_run, steps, one, other, told):
+    """The same file of validation text is not the same evaluation: another mean over other tokens."""
+    moe, dense = make_run("moe", steps(4, 3), **one), make_run("dense", steps(4, 3), **other)
+    comparison = compare([moe], [dense])
+    assert (comparison.unit, comparison.same_data) == ("bits per byte", False)
+    assert "Losses are compared in bits per byte: the evaluated sequences differ." in comparison.notes
+    assert f"The evaluated text differs, which no unit makes up for ({told})." in comparison.notes
+    assert compare([moe]).unit == "nats per token"
+
+
+def test_evaluations_of_other_sequences_without_bytes_are_refused(make_run, steps):
+    dense = make_run("dense", steps(4), bits=None, train={"eval_sequences": 40})
+    with pytest.raises(CompareError, match=r"differ in tokenizer or evaluated text, .* dense has an evaluation without"):
+        compare([make_run("moe", steps(4))], [dense])
+
+
+def test_the_same_evaluation_told_in_other_words_is_the_same(make_run, steps):
+    """All 100 sequences: by default, by asking for more than there are, and by the count of the evaluation itself."""
+    runs = [
+        make_run("default", steps(4), validation_tokens=25_700),
+        make_run("more", steps(4), validation_tokens=25_700, train={"eval_sequences": 1000}),
+        make_run("counted", steps(4), validation_tokens=25_700, train={"eval_sequences": 1000}, sequences=100),
+    ]
+    assert compare(runs).unit == "nats per token"
+    parts = [
+        make_run("asked", steps(4), validation_tokens=25_700, train={"eval_sequences": 64}),
+        make_run("told", steps(4), validation_tokens=25_700, train={"eval_sequences": 64}, sequences=64),
+    ]
+    assert compare(parts).unit == "nats per token"
+
+
+def test_as_many_sequences_of_another_tokenizer_are_other_text(make_run, steps):
+    """All of a text is the same text for any tokenizer, 64 sequences of it are not."""
+    whole = [make_run(f"all_{name}", steps(4), tokenizer=name, validation_tokens=25_700) for name in "ab"]
+    assert not any("evaluated text differs" in note for note in compare(whole).notes)
+    part = [make_run(name, steps(4), tokenizer=name, train={"eval_sequences": 64}) for name in "ab"]
+    notes = compare(part).notes
+    assert "Losses are compared in bits per byte: the tokenizers and the evaluated sequences differ." in notes
+    assert any("The evaluated text differs" in note for note in notes)
+
+
+def test_an_evaluation_that_changed_on_the_way_is_not_the_others(make_run, steps):
+    moe, dense = (make_run(name, steps(4, 3), validation_tokens=25_600, sequences=100) for name in ("moe", "dense"))
+    lines = (moe / "metrics.jsonl").read_text()
+    (moe / "metrics.jsonl").write_text(lines.replace('"eval/sequences": 100.0', '"eval/sequences": 64.0', 1))
+    told = "(moe: 64 or all sequences of 256 tokens, dense: all sequences of 256 tokens)"
+    assert any(told in note for note in compare([moe], [dense]).notes)
+
+
 def test_without_a_shared_unit_the_comparison_is_refused(make_run, steps):
     with pytest.raises(CompareError, match="dense has an evaluation without eval/bits_per_byte"):
         compare([make_run("moe", steps(4))], [make_run("dense", steps(4), tokenizer="other", bits=None)])
@@ -46,7 +118,9 @@ def test_hashes_that_were_not_recorded_prove_nothing(make_run, steps):
     paths = [make_run(name, steps(4)) for name in ("moe", "dense")]
     for path in paths:
         (path / "data.json").write_text("{}")
-    assert compare(paths[:1], paths[1:]).unit == "bits per byte"
+    comparison = compare(paths[:1], paths[1:])
+    assert comparison.unit == "bits per byte"
+    assert any("hashes of text and tokenizer were not recorded" in note for note in comparison.notes)
 
 
 @pytest.mark.parametrize("source", ["estimate:tdp", "declared"])
