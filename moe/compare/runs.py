@@ -58,6 +58,7 @@ class Run:
     energy_gain: float  # the part of the band that is sensor gain, as a share of the energy
     measured: bool
     coverage: float
+    devices: int
     device_uuids: frozenset[str]
     meter_notes: tuple[str, ...]
 
@@ -80,10 +81,15 @@ class Run:
 
     @property
     def hardware(self) -> str:
-        """Devices in words, such as `4 x NVIDIA H200`."""
-        count = self.environment.get("world_size") or 1
+        """What the device-hours count, such as `4 x NVIDIA H200`; ranks are told where they are not one a device."""
+        ranks = self.environment.get("world_size") or self.devices
+        return f"{self.devices} x {self.device_name}" + ("" if ranks == self.devices else f", {ranks} ranks")
+
+    @property
+    def device_name(self) -> str:
+        """One device in words."""
         name = self.environment.get("device_name") or self.environment.get("device_type") or "unknown device"
-        return printable(f"{count} x {name}")
+        return printable(str(name))
 
 
 def load_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -136,6 +142,7 @@ def load_run(path: str | Path) -> Run:
         energy_gain=_gain(fold),
         measured=total.measured and total.energy_j is not None,
         coverage=total.coverage,
+        devices=fold.devices_at_once,
         device_uuids=frozenset(device.uuid for device in fold.devices),
         meter_notes=tuple(printable(note) for note in fold.notes),
     )

@@ -118,7 +118,7 @@ def _meters(entries: Sequence[Entry], axes: Sequence[str]) -> list[str]:
         else:
             scopes = ", ".join(f"{run.name}: {run.energy_scope}" for run in runs)
             said.append(f"Energy is not compared: it needs one scope, the same on every side ({scopes}).")
-    if len({run.hardware.partition(" x ")[2] for run in runs}) > 1:
+    if len({run.device_name for run in runs}) > 1:
         kinds = ", ".join(f"{run.name}: {run.hardware}" for run in runs)
         said.append(f"A device-hour is not the same thing on both sides ({kinds}).")
     for run in runs:

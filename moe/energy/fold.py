@@ -125,6 +125,16 @@ class Fold:
     segments: list[SegmentSummary]
     notes: list[str]
 
+    @property
+    def devices_at_once(self) -> int:
+        """The most devices the run held at one moment, all nodes together: those its device-hours count."""
+        spans = [
+            (part.start_ns + part.utc_offset_ns, part.last_ns + part.utc_offset_ns, len(part.lines))
+            for file in self.files
+            for part in file.segments
+        ]
+        return max(sum(held for start, end, held in spans if start <= moment <= end) for moment, _, _ in spans)
+
     def at(self, segment: int, boottime_ns: int) -> tuple[float | None, float]:
         """(joules, device-hours) of the whole run up to a moment of a segment, both as the first ledger counts them.
 

@@ -72,7 +72,9 @@ def test_evaluations_of_other_sequences_are_not_compared_in_nats(make_run, steps
 
 def test_evaluations_of_other_sequences_without_bytes_are_refused(make_run, steps):
     dense = make_run("dense", steps(4), bits=None, train={"eval_sequences": 40})
-    with pytest.raises(CompareError, match=r"differ in tokenizer or evaluated text, .* dense has an evaluation without"):
+    with pytest.raises(
+        CompareError, match=r"differ in tokenizer or evaluated text, .* dense has an evaluation without"
+    ):
         compare([make_run("moe", steps(4))], [dense])
 
 

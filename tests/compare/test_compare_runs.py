@@ -46,6 +46,22 @@ def test_devices_multiply_the_cost(make_run, steps):
     assert run.energy_j == pytest.approx(2 * 100 * 20)
 
 
+@pytest.mark.parametrize(
+    ("uuids", "ranks", "words"),
+    [
+        (["GPU-0"], 1, "1 x Test GPU"),
+        (["GPU-0", "GPU-1"], 2, "2 x Test GPU"),
+        (["host"], 2, "1 x Test GPU, 2 ranks"),
+    ],
+)
+def test_hardware_counts_the_devices_that_are_paid_for(make_run, steps, uuids, ranks, words):
+    """Two ranks on one host are one device, as in the device-hours; its kind is the same for any number of ranks."""
+    run = make_run("moe", steps(4), uuids=uuids, environment={"world_size": ranks})
+    assert load_run(run).hardware == words
+    notes = compare([run], [make_run("dense", steps(4))]).notes
+    assert not any("A device-hour is not the same thing" in note for note in notes)
+
+
 def test_parameters_are_those_of_the_configuration(make_run, steps):
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     moe, dense = load_run(make_run("moe", steps(4), model=experts)), load_run(make_run("dense", steps(4)))

@@ -287,6 +287,17 @@ def test_a_node_that_joins_later_costs_nothing_before_and_its_share_after(tmp_pa
     assert fold.at(0, 510 * S) == pytest.approx((1000, 10 / 3600))
     assert fold.at(1, 525 * S) == pytest.approx((2000, 20 / 3600))
     assert fold.at(1, 530 * S) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
+    assert fold.devices_at_once == 2
+
+
+def test_devices_a_run_moved_between_are_not_held_at_once(path, utc):
+    """A GPU, then two others: two at once, though three were used."""
+    utc(1000)
+    write_node(path, 500, device=A, boot="boot-1")
+    utc(1020)
+    scribe = Scribe(path, 520, devices=(B, "GPU-c"))
+    scribe.end(530)
+    assert fold_ledgers([path]).devices_at_once == 2
 
 
 def test_a_node_that_restarts_more_often_is_priced_by_the_clock(tmp_path, path, utc):
