@@ -40,6 +40,8 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None) -> Transfor
         family, config = config_from_hub(stored)
     except ConfigError as error:
         raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+    except (TypeError, ValueError) as error:  # text where a number should be, and the like
+        raise ConfigError(f"{directory / 'config.json'} has a value of a wrong kind: {error}") from None
     hub = HubTensors(directory)
     _refuse_fp8(hub)
     with torch.device("meta"):

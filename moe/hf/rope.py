@@ -61,7 +61,7 @@ def rope_to_hub(config: ModelConfig) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": config.rope_theta}
     names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
     yarn = {name: getattr(config, f"rope_{name}") for name in names}
-    # 0 is "not given" for us; transformers would take it as a number
+    # 0 is "not given" for us and for transformers; other readers take what is written as a number
     scales = {name: getattr(config, f"rope_{name}") for name in ("mscale", "mscale_all_dim")}
     given = {name: value for name, value in scales.items() if value}
     return {"rope_type": "yarn", "rope_theta": config.rope_theta, **yarn, **given}

@@ -121,4 +121,5 @@ def test_config_comes_back(pair: Any) -> None:
     assert different <= allowed
     stored = json.loads((pair.directory / "config.json").read_text())
     assert stored["eos_token_id"] is None
+    assert 0.0 not in stored["rope_parameters"].values()  # no mscale rather than one of 0
     assert stored["num_hidden_layers"] == pair.ours.config.num_hidden_layers

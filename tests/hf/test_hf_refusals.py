@@ -1,6 +1,9 @@
 """What cannot be computed is refused in one sentence that names the field or the tensor; nothing is ignored."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ CONFIG_JSON = [
     ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
     ("llama", {"hidden_size": None}, "hidden_size=None must be"),
     ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers='2' must be"),
+    ("llama", {"model_type": ["llama"]}, "config.json has a value of a wrong kind"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": "four"}}, "wrong kind: .*'four'"),
     ("llama", {"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' of config.json is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type='llama3' is not"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear' is not supported"),
@@ -161,6 +166,17 @@ def test_fp8_weights(draw: Draw, tmp_path: Path) -> None:
     _edit(tmp_path, lambda t: t.update({f"{LAYER}self_attn.o_proj.weight_scale_inv": torch.ones(1)}))
     with pytest.raises(ConfigError, match=r"o_proj.weight_scale_inv in .*: FP8 weights are not supported"):
         moe.hf.load(tmp_path)
+
+
+def test_transformers_is_not_needed(draw: Draw, tmp_path: Path) -> None:
+    """The base install reads and writes; transformers is only the oracle of the tests."""
+    moe.hf.save(draw("qwen3_moe"), tmp_path / "one")
+    code = "import sys; sys.modules['transformers'] = None; import moe.hf; moe.hf.save(moe.hf.load('one'), 'two')"
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
+    one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_tied_head(draw: Draw, tmp_path: Path) -> None:
