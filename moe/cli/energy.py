@@ -86,14 +86,13 @@ def report(
 
 def _ledgers(run: Path) -> list[Path]:
     """The ledgers of a run directory, the first node's first, or the file itself."""
+    from moe.rundir import RunDir
+
     if run.is_file():
         return [run]
     if not run.is_dir():
         raise ConfigError(f"{run} is neither a run directory nor a ledger file: check the path")
-    first = run / "ledger.jsonl"
-    numbered = [(path.name.split(".")[1].removeprefix("node"), path) for path in run.glob("ledger.node*.jsonl")]
-    others = [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
-    found = [path for path in (first, *others) if path.is_file()]
+    found = RunDir(run).ledgers()
     if not found:
         raise ConfigError(f"{run} holds no ledger.jsonl: give the folder of a metered run")
     return found

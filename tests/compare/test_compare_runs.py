@@ -101,6 +101,16 @@ def test_a_missing_or_broken_file_is_one_sentence(make_run, steps, file, text, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("file", ["config.json", "data.json", "environment.json", "metrics.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(make_run, steps, file):
+    path = make_run("moe", steps(4))
+    (path / file).unlink()
+    (path / file).mkdir()
+    with pytest.raises(CompareError, match=file) as caught:
+        load_run(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -153,11 +153,12 @@ def test_the_report_as_text_names_source_scope_and_band(moe):
 
 
 def test_a_run_directory_folds_all_its_nodes(moe, tmp_path):
-    """ledger.jsonl and ledger.nodeN.jsonl are one run."""
+    """ledger.jsonl and ledger.nodeN.jsonl are one run; a file that is merely called alike is no part of it."""
     moe("run", "--out", "a", "--power", "100", "--", "sleep", "0.3")
     moe("run", "--out", "b", "--power", "100", "--", "sleep", "0.3")
     one = json.loads(moe("report", "a", "--json").stdout)["total"]["device_hours"]
     (tmp_path / "b" / "ledger.jsonl").rename(tmp_path / "a" / "ledger.node1.jsonl")
+    (tmp_path / "a" / "ledger.nodeX.jsonl").write_text("notes")
     both = json.loads(moe("report", "a", "--json").stdout)
     assert both["total"]["device_hours"] > 1.5 * one
     assert len(both["segments"]) == 2
