@@ -91,7 +91,7 @@ class Balancer:
         z_loss_alpha: float = 0.0,
     ) -> None:
         self._routers = find_routers(model)
-        self.configure(
+        self._configure(
             BalanceConfig(
                 method=method,  # type: ignore[arg-type]
                 bias_update_speed=bias_update_speed,
@@ -102,8 +102,8 @@ class Balancer:
             )
         )
 
-    def configure(self, config: BalanceConfig) -> None:
-        """Balance by this section from the next forward on."""
+    def _configure(self, config: BalanceConfig) -> None:
+        """Check that every router can be balanced so, and tell it what to record."""
         for name, router in self._routers.items():
             if config.moves_biases and router.expert_bias is None:
                 raise ConfigError(

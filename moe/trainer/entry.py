@@ -118,10 +118,7 @@ def _loop(
         _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
     if recipe.train.compile:
         model.compile()
-    balancer = Balancer(
-        model, method=recipe.balance.method if recipe.model.is_moe else "none",
-        bias_update_speed=recipe.balance.bias_update_speed,
-    )  # fmt: skip
+    balancer = Balancer(model, **recipe.balance.to_dict())
     return Loop(recipe, run, engine, model, engine.prepare(model), optimizer, balancer, data, meter, tracking, stop)
 
 

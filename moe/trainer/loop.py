@@ -63,7 +63,6 @@ class Loop:
         self.recipe, self.run, self.engine = recipe, run, engine
         self.model, self.wrapped, self.optimizer, self.balancer = model, wrapped, optimizer, balancer
         self.meter, self.tracking, self.stop = meter, tracking, stop
-        balancer.configure(recipe.balance)
         self.facts = data.facts
         train = recipe.train
         self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)

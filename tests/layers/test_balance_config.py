@@ -3,7 +3,7 @@
 import pytest
 
 from moe.balancer import Balancer
-from moe.config import BalanceConfig, ModelConfig, Recipe, RunConfig
+from moe.config import ModelConfig, Recipe, RunConfig
 from moe.config.parse import parse_overrides
 from moe.errors import ConfigError
 from moe.layers import MoE
@@ -71,6 +71,6 @@ def test_losses_need_our_routers() -> None:
         expert_bias = torch.zeros(4)
         tokens_per_expert = None
 
-    balancer = Balancer(nn.Sequential(Foreign()))
+    Balancer(nn.Sequential(Foreign()))
     with pytest.raises(ConfigError, match=r"router '0' is not a moe\.layers\.Router: balance it by .*'sign'"):
-        balancer.configure(BalanceConfig(z_loss_alpha=0.1))
+        Balancer(nn.Sequential(Foreign()), z_loss_alpha=0.1)
