@@ -188,9 +188,9 @@ class EnergyMeter:
         answered = self._reader.stop()
         self._phases.cut()
         self._write_marks()
-        self._writer.append("end", reason=reason if answered else f"{reason}; the last read hung")
-        self._writer.close()
         self._ended_ns = boottime_ns()
+        self._writer.append("end", self._ended_ns, reason=reason if answered else f"{reason}; the last read hung")
+        self._writer.close()
         self._release(close_sources=answered)
 
     def _release(self, close_sources: bool = True) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,12 +104,25 @@ class FakeNode:
             text=True,
         )
 
-    def run(self, code: str, **env: str) -> str:
+    def run(self, code: str, *, patience_s: float = 60, **env: str) -> str:
         """Run Python code on the node to its end; returns what it printed."""
         process = self.start(code, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=patience_s)
         assert process.returncode == 0, err
         return out
+
+
+def wait_until(holds: Callable[[], bool], patience_s: float = 30.0) -> None:
+    """Wait for what a busy machine may take its time to do."""
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.fixture(name="wait_until")
+def _wait_until() -> Callable[..., None]:
+    return wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -89,13 +88,15 @@ def test_a_program_killed_by_a_signal_gives_128_plus_n(moe, tmp_path):
     assert fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0].ended == "end"
 
 
-def test_killing_the_meter_itself_leaves_a_ledger_that_folds(node, gpu, tmp_path):
+def test_killing_the_meter_itself_leaves_a_ledger_that_folds(node, gpu, tmp_path, wait_until):
     """SIGKILL to `moe energy run`: the lines written so far are whole, the segment is told as lost."""
-    command = [*MOE, "run", "--out", str(tmp_path / "r"), "--", "sleep", "3"]
-    with subprocess.Popen(command, env=node.env, stdin=subprocess.DEVNULL) as process:
-        time.sleep(2.6)
-        process.kill()
     ledger = tmp_path / "r" / "ledger.jsonl"
+    command = [*MOE, "run", "--out", str(tmp_path / "r"), "--", "sleep", "60"]
+    with subprocess.Popen(command, env=node.env, stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        wait_until(lambda: ledger.exists() and ledger.read_text().count('"kind":"reading"') >= 3)
+        process.kill()
+        process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # the program itself, which nobody ends now
     fold = fold_ledgers([ledger])
     assert fold.segments[0].ended == "lost"
     known = [record for record in read_ledger(ledger) if record["kind"] == "reading"]
@@ -103,7 +104,7 @@ def test_killing_the_meter_itself_leaves_a_ledger_that_folds(node, gpu, tmp_path
 
 
 def test_the_visible_gpus_are_metered_and_the_child_finds_the_ledger(node, gpu, tmp_path):
-    """Only the GPU CUDA_VISIBLE_DEVICES names is billed; 500 W for two seconds, to within two ticks."""
+    """Only the GPU CUDA_VISIBLE_DEVICES names is billed; 500 W for two seconds, to within a tick."""
     node.set(gpu, uuid="GPU-other", bus=9)
     env = {**node.env, "CUDA_VISIBLE_DEVICES": "0"}
     command = [*MOE, "run", "--out", "r", "--", "sh", "-c", "echo $MOE_LEDGER; sleep 2"]
@@ -113,8 +114,10 @@ def test_the_visible_gpus_are_metered_and_the_child_finds_the_ledger(node, gpu, 
     assert "declared power" not in done.stderr
     fold = fold_ledgers([tmp_path / "r" / "ledger.jsonl"])
     assert [device.uuid for device in fold.devices] == [gpu.uuid]
-    metered_s = sum(phase.elapsed_s for name, phase in fold.phases.items() if name != "startup")
-    assert fold.total.energy_j == pytest.approx(500 * metered_s, abs=2 * 50)
+    first, *_, last = [r for r in read_ledger(tmp_path / "r" / "ledger.jsonl") if r["kind"] == "reading"]
+    metered_s = (last["boottime_ns"] - first["boottime_ns"]) / 1e9
+    assert metered_s > 2
+    assert fold.total.energy_j == pytest.approx(500 * metered_s, abs=50 + 10)
 
 
 def test_devices_can_be_chosen(node, gpu, tmp_path):
@@ -136,7 +139,7 @@ def test_the_report_as_json(moe, tmp_path):
     assert list(report) == ["total", "devices", "phases", "footprint", "segments"]
     assert report["footprint"] == {}
     total = report["total"]
-    assert total["energy_j"] == pytest.approx(1000 * report["phases"]["command"]["elapsed_s"], rel=0.02)
+    assert total["energy_j"] == pytest.approx(1000 * report["phases"]["command"]["elapsed_s"], rel=0.1)
     assert sum(phase["energy_j"] for phase in report["phases"].values()) == pytest.approx(total["energy_j"], abs=1e-6)
     priced = json.loads(moe("report", "r/ledger.jsonl", "--json", "--grid", "360", "--price-hour", "3600").stdout)
     assert priced["footprint"]["carbon_g"] == pytest.approx(total["energy_j"] / 1e4)
@@ -156,11 +159,11 @@ def test_a_run_directory_folds_all_its_nodes(moe, tmp_path):
     """ledger.jsonl and ledger.nodeN.jsonl are one run; a file that is merely called alike is no part of it."""
     moe("run", "--out", "a", "--power", "100", "--", "sleep", "0.3")
     moe("run", "--out", "b", "--power", "100", "--", "sleep", "0.3")
-    one = json.loads(moe("report", "a", "--json").stdout)["total"]["device_hours"]
+    one, other = (json.loads(moe("report", name, "--json").stdout)["total"]["device_hours"] for name in "ab")
     (tmp_path / "b" / "ledger.jsonl").rename(tmp_path / "a" / "ledger.node1.jsonl")
     (tmp_path / "a" / "ledger.nodeX.jsonl").write_text("notes")
     both = json.loads(moe("report", "a", "--json").stdout)
-    assert both["total"]["device_hours"] > 1.5 * one
+    assert both["total"]["device_hours"] == pytest.approx(one + other)
     assert len(both["segments"]) == 2
 
 
@@ -187,13 +190,17 @@ def test_a_report_that_cannot_be_made_is_one_sentence(moe, tmp_path, words, sent
 
 
 def test_the_command_line_starts_in_half_a_second(moe):
-    """Counted in processor time, so that a busy machine does not fail a quick program."""
+    """In processor time and the best of five, so that a busy machine does not fail a quick program."""
     moe("run", "--out", "r", "--", "true")
-    for words in (["--help"], ["run", "--help"], ["report", "r", "--json"]):
+
+    def spent_s(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert moe(*words).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    for words in (["--help"], ["run", "--help"], ["report", "r", "--json"]):
+        assert any(spent_s(*words) < 0.5 for _ in range(5))
 
 
 def test_a_ledger_cannot_steer_the_terminal_of_who_reads_it(moe, tmp_path):
