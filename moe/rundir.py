@@ -8,7 +8,6 @@
       metrics.jsonl      append-only, one object a line (below)
       ledger.jsonl       energy ledger of the first node; ledger.nodeN.jsonl on the others
       checkpoints/       step_NNNNNNNN/ with a manifest of checksums
-      report.html        written by `moe compare RUN --html`
 
 The trainer writes these files; tracking, `moe compare` and `moe energy` read them, offline, as often as wanted.
 
@@ -44,7 +43,6 @@ class RunDir:
         self.tokenizer = self.root / "tokenizer.json"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
-        self.report = self.root / "report.html"
 
     @classmethod
     def named(cls, name: str, runs: str | Path = "runs") -> "RunDir":

@@ -69,8 +69,8 @@ class Loop:
         self.eval_sequences = Sequences(data.validation, train.seq_len, None)
         if len(self.eval_sequences) < engine.ranks:
             train.fail("seq_len", f"leaves {len(self.eval_sequences)} validation sequences for {engine.ranks} ranks")
-        self._before: Tensor | None = None  # the step before's losses
-        self._newest: tuple[Tensor, Tensor] | None = None  # the last step's losses and gradient norm
+        self._totals_before: Tensor | None = None  # the step before's totals
+        self._last_step: tuple[Tensor, Tensor] | None = None  # the last step's totals and gradient norm
         self.accumulation = train.accumulation(engine.ranks)
         self.micro_batch = train.global_batch_size // (engine.ranks * self.accumulation)
         self.tokens_per_step = train.global_batch_size * train.seq_len
@@ -93,12 +93,12 @@ class Loop:
             metrics = self._evaluate(0)
         while step < train.max_steps and reason == "complete":
             rate.start()
-            losses, norm, load = self._step(step)
+            totals, norm, load = self._step(step)
             step += 1
             self.meter.progress(step, step * self.tokens_per_step)
             logged = step % train.log_every_steps == 0 or step == train.max_steps
             if logged:
-                loss, balance_loss, _ = losses.tolist()
+                loss, balance_loss, _ = totals.tolist()
                 cost = self.meter.cost()
                 self._log(step, loss, balance_loss, norm, load, cost, rate.stop(step))
                 progress.set_postfix_str(_postfix(loss, metrics, cost), refresh=False)
@@ -107,7 +107,7 @@ class Loop:
             else:
                 rate.pause()
             progress.update()
-            if self._asked_to_stop(losses):
+            if self._asked_to_stop(totals):
                 reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
             done = step == train.max_steps or reason != "complete"
             if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
@@ -119,8 +119,8 @@ class Loop:
     def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
         """One optimizer step.
 
-        Returns the global batch's loss, its balance loss and how many ranks were asked to stop (one tensor, one
-        collective), the gradient's norm, and the experts' load.
+        Returns three totals over the ranks in one tensor (the global batch's loss, its balance loss, how many ranks
+        were asked to stop), the gradient's norm, and the experts' load.
         """
         self.meter.phase("data")
         batch = self.recipe.train.global_batch_size
@@ -133,8 +133,8 @@ class Loop:
         weight = 1 / (self.engine.ranks * self.accumulation)
 
         self.meter.phase("forward_backward")
-        losses = torch.zeros(3, device=self.engine.device)
-        losses[2] = float(bool(self.stop))
+        totals = torch.zeros(3, device=self.engine.device)
+        totals[2] = float(bool(self.stop))
         for number, cpu_ids in enumerate(batches):
             ids = self.engine.to_device(cpu_ids)
             with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
@@ -143,7 +143,7 @@ class Loop:
                 balance_loss = out.loss.new_zeros(()) if out.balance_loss is None else out.balance_loss
                 # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
                 ((out.loss + balance_loss) / self.accumulation).backward()
-            losses[:2] += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
+            totals[:2] += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
 
         self.meter.phase("optimizer")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -151,14 +151,14 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         load = self.balancer.step()
-        self._newest = ranks.all_reduce_sum(losses), norm
-        return losses, norm, load
+        self._last_step = ranks.all_reduce_sum(totals), norm
+        return totals, norm, load
 
-    def _asked_to_stop(self, losses: Tensor) -> bool:
+    def _asked_to_stop(self, totals: Tensor) -> bool:
         """Whether any rank got a signal. Several ranks agree on it one step late, when no GPU is waited for."""
         if self.engine.ranks == 1:
             return bool(self.stop)
-        before, self._before = self._before, losses
+        before, self._totals_before = self._totals_before, totals
         return before is not None and float(before[2]) > 0
 
     def _log(
@@ -186,9 +186,9 @@ class Loop:
 
     def _check_finite(self, step: int) -> None:
         """Before anything of the last step is written down: NaN weights must not become the newest checkpoint."""
-        if self._newest is None:
+        if self._last_step is None:
             return
-        loss, norm = float(self._newest[0][0]), float(self._newest[1])
+        loss, norm = float(self._last_step[0][0]), float(self._last_step[1])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"train/loss is {loss} and train/grad_norm is {norm} at step {step}; every checkpoint in "

@@ -40,7 +40,7 @@ def test_a_mistake_is_one_sentence(place: Place, words: list[str], sentence: str
 
 
 def test_an_unwritable_run_directory(place: Place) -> None:
-    """A real refusal: a read-only mount is beyond root too, a plain file in the way is enough here."""
+    """A plain file where the folder should be refuses root too."""
     (place.folder / "blocked").write_text("a file, not a folder")
     done = place.python("run.directory=blocked")
     assert done.returncode == 2
