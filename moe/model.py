@@ -14,14 +14,13 @@ from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.generate import generate
-from moe.layers import FeedForward, GroupedQueryAttention, MoE, MultiHeadLatentAttention
-from moe.layers.memory import Memory
+from moe.layers.decoder import DecoderLayer, yarn_of
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, Yarn, rotary_tables
+from moe.layers.rope import rotary_tables
 from moe.layers.router import take_balance_loss
 from moe.rundir import write_json
 
-__all__ = ["DecoderLayer", "ModelOutput", "Transformer"]
+__all__ = ["ModelOutput", "Transformer"]
 
 
 @dataclass
@@ -34,27 +33,6 @@ class ModelOutput:
     logits: Tensor
     loss: Tensor | None = None
     balance_loss: Tensor | None = None
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or a mixture of experts by layer number."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = _attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = (
-            _mixture(config)
-            if config.is_moe_layer(layer)
-            else FeedForward(config.hidden_size, config.intermediate_size)
-        )
-
-    def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None = None, memory: Memory | None = None
-    ) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, memory)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
 class Transformer(nn.Module):
@@ -95,7 +73,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = cache.positions(length) if cache else torch.arange(length, device=input_ids.device)[None]
         mask = cache.mask(length) if cache else None
-        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, _yarn(self.config))
+        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, yarn_of(self.config))
         x_BSD = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rotary, mask, cache.layer(number) if cache else None)
@@ -177,63 +155,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-
-def _attention(config: ModelConfig) -> nn.Module:
-    if config.attention == "gqa":
-        return GroupedQueryAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qk_norm=config.qk_norm,
-            attention_bias=config.attention_bias,
-            rope_theta=config.rope_theta,
-            yarn=_yarn(config),
-            rms_norm_eps=config.rms_norm_eps,
-        )
-    return MultiHeadLatentAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.v_head_dim,
-        config.q_lora_rank,
-        attention_bias=config.attention_bias,
-        rope_theta=config.rope_theta,
-        yarn=_yarn(config),
-        rms_norm_eps=config.rms_norm_eps,
-    )
-
-
-def _yarn(config: ModelConfig) -> Yarn | None:
-    if config.rope_factor == 1.0:
-        return None
-    return Yarn(
-        factor=config.rope_factor,
-        original_max_position_embeddings=config.rope_original_max_position_embeddings,
-        beta_fast=config.rope_beta_fast,
-        beta_slow=config.rope_beta_slow,
-        mscale=config.rope_mscale,
-        mscale_all_dim=config.rope_mscale_all_dim,
-    )
-
-
-def _mixture(config: ModelConfig) -> MoE:
-    return MoE(
-        config.hidden_size,
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        config.moe_intermediate_size,
-        config.n_shared_experts,
-        score_func=config.score_func,
-        topk_method=config.topk_method,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-        norm_topk_prob=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
-    )
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

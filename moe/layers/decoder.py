@@ -1,0 +1,93 @@
+"""One decoder layer of a configuration: attention and feed-forward, each behind a norm and beside a residual."""
+
+from torch import Tensor, nn
+
+from moe.config.architecture import Architecture
+from moe.layers.attention import GroupedQueryAttention
+from moe.layers.feed_forward import FeedForward
+from moe.layers.memory import Memory
+from moe.layers.mla import MultiHeadLatentAttention
+from moe.layers.moe import MoE
+from moe.layers.norm import RMSNorm
+from moe.layers.rope import Rotary, Yarn
+
+__all__ = ["DecoderLayer", "yarn_of"]
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or a mixture of experts by layer number."""
+
+    def __init__(self, config: Architecture, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = _attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = (
+            _mixture(config)
+            if config.is_moe_layer(layer)
+            else FeedForward(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, memory)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+def _attention(config: Architecture) -> nn.Module:
+    if config.attention == "gqa":
+        return GroupedQueryAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            attention_bias=config.attention_bias,
+            rope_theta=config.rope_theta,
+            yarn=yarn_of(config),
+            rms_norm_eps=config.rms_norm_eps,
+        )
+    return MultiHeadLatentAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.kv_lora_rank,
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+        config.q_lora_rank,
+        attention_bias=config.attention_bias,
+        rope_theta=config.rope_theta,
+        yarn=yarn_of(config),
+        rms_norm_eps=config.rms_norm_eps,
+    )
+
+
+def yarn_of(config: Architecture) -> Yarn | None:
+    """How the configuration stretches positions; None for not at all."""
+    if config.rope_factor == 1.0:
+        return None
+    return Yarn(
+        factor=config.rope_factor,
+        original_max_position_embeddings=config.rope_original_max_position_embeddings,
+        beta_fast=config.rope_beta_fast,
+        beta_slow=config.rope_beta_slow,
+        mscale=config.rope_mscale,
+        mscale_all_dim=config.rope_mscale_all_dim,
+    )
+
+
+def _mixture(config: Architecture) -> MoE:
+    return MoE(
+        config.hidden_size,
+        config.n_routed_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.n_shared_experts,
+        score_func=config.score_func,
+        topk_method=config.topk_method,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        norm_topk_prob=config.norm_topk_prob,
+        routed_scaling_factor=config.routed_scaling_factor,
+    )
