@@ -1,7 +1,8 @@
 """Load balancing as pure tensor functions: loads and scores in; biases, losses and measures out.
 
 Loads are `tokens_per_expert`: how many routed rows each of E experts was given. Scores (T, E) are a router's unbiased
-scores of T tokens; the losses need them differentiable. Letters: T tokens, E experts, K chosen per token.
+scores of T tokens; the losses need them differentiable. `counted_T` (T,) bool leaves out tokens that are padding.
+Letters: T tokens, E experts, K chosen per token.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "count_load",
     "entropy",
     "load_balancing_loss",
     "margin_histogram",
@@ -37,7 +39,16 @@ def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *,
     return expert_bias + speed * (direction - direction.mean() if centre else direction)
 
 
-def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int) -> Tensor:
+def count_load(topk_index_TK: Tensor, experts: int, counted_T: Tensor | None = None) -> Tensor:
+    """Rows each expert was given, (E,) int32; of the tokens `counted_T` (T,) bool says, when it is given."""
+    rows = torch.ones_like(topk_index_TK, dtype=torch.int32)
+    if counted_T is not None:
+        rows = rows * counted_T.unsqueeze(1)
+    total = torch.zeros(experts, dtype=torch.int32, device=topk_index_TK.device)
+    return total.scatter_add_(0, topk_index_TK.flatten(), rows.flatten())
+
+
+def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int, counted_T: Tensor | None = None) -> Tensor:
     """How far each expert is below each token's cut-off, counted in bins: (E, bins) int32, to add over a global batch.
 
     The cut-off alpha_t is the (K+1)-th largest of s_t + b, and the margin of expert i is alpha_t - (s_ti + b_i), below
@@ -50,7 +61,10 @@ def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int) -> Tens
     row_E = torch.arange(experts, device=scores_TE.device) * _BINS
     index = (position_TE.long().clamp_(0, _BINS - 1) + row_E).flatten()
     counts = torch.zeros(experts * _BINS, dtype=torch.int32, device=scores_TE.device)
-    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(experts, _BINS)
+    rows = torch.ones_like(index, dtype=torch.int32)
+    if counted_T is not None:
+        rows = rows.view(-1, experts).mul(counted_T.unsqueeze(1)).flatten()
+    return counts.scatter_add_(0, index, rows).view(experts, _BINS)
 
 
 def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int) -> Tensor:
@@ -71,17 +85,20 @@ def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int) -> Tenso
     return (moved - moved.mean()).to(expert_bias.dtype)
 
 
-def load_balancing_loss(scores_TE: Tensor, tokens_per_expert: Tensor, top_k: int) -> Tensor:
+def load_balancing_loss(
+    scores_TE: Tensor, tokens_per_expert: Tensor, top_k: int, counted_T: Tensor | None = None
+) -> Tensor:
     """E * sum_i f_i P_i (arXiv:2101.03961 eqs 4-6), with f_i = load_i / (K T) and P_i the mean normalised score.
 
     1 at perfect balance, whatever K; E / K when every token chooses the same experts with all its score. Gradients
     pass through P alone.
     """
-    share = tokens_per_expert.to(torch.float32) / (top_k * scores_TE.shape[0])
-    return scores_TE.shape[1] * (share * _normalised(scores_TE).mean(0)).sum()
+    load = tokens_per_expert.to(torch.float32)
+    share = load / load.sum().clamp_min(1)
+    return scores_TE.shape[1] * (share * _mean(_normalised(scores_TE), counted_T, 0)).sum()
 
 
-def sequence_loss(scores_TE: Tensor, top_k: int, sequences: int = 1) -> Tensor:
+def sequence_loss(scores_TE: Tensor, top_k: int, sequences: int = 1, counted_T: Tensor | None = None) -> Tensor:
     """DeepSeek-V3's balance loss within a sequence (arXiv:2412.19437 eqs 17-20) over its alpha; mean over sequences.
 
     The T tokens are `sequences` sequences of equal length, one after another. f_i = E / (K S) times the tokens of the
@@ -91,12 +108,22 @@ def sequence_loss(scores_TE: Tensor, top_k: int, sequences: int = 1) -> Tensor:
     experts = scores_TE.shape[1]
     scores_BSE = scores_TE.view(sequences, -1, experts)
     chosen = torch.zeros_like(scores_BSE).scatter_(-1, scores_BSE.detach().topk(top_k, dim=-1).indices, 1.0)
-    return ((chosen.mean(1) * experts / top_k) * _normalised(scores_BSE).mean(1)).sum(-1).mean()
+    counted_BS = None if counted_T is None else counted_T.view(sequences, -1)
+    share = _mean(chosen, counted_BS, 1) * (experts / top_k)
+    return (share * _mean(_normalised(scores_BSE), counted_BS, 1)).sum(-1).mean()
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
+def z_loss(logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906 eq. 5): keeps router logits small."""
-    return logits_TE.to(torch.float32).logsumexp(-1).square().mean()
+    return _mean(logits_TE.to(torch.float32).logsumexp(-1).square().unsqueeze(-1), counted_T, 0).squeeze(-1)
+
+
+def _mean(values: Tensor, counted: Tensor | None, tokens: int) -> Tensor:
+    """Mean over dimension `tokens`, of which `counted` (the dimensions up to it) leaves some out; 0 of none."""
+    if counted is None:
+        return values.mean(tokens)
+    kept = counted.unsqueeze(-1).to(values.dtype)
+    return (values * kept).sum(tokens) / kept.sum(tokens).clamp_min(1)
 
 
 def _normalised(scores: Tensor) -> Tensor:

@@ -228,6 +228,8 @@ def _numbers(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _layer(name: str) -> str:
-    """`layers.3.mlp.router` to `layer_03`; a router that is in no numbered layer keeps its name."""
-    number = re.search(r"\blayers\.(\d+)\.", name)
-    return f"layer_{int(number[1]):02d}" if number else name
+    """`layers.3.mlp.router` to `layer_03`, `mtp.0.…` to `mtp_0`; a router in no numbered place keeps its name."""
+    place = re.search(r"\b(layers|mtp)\.(\d+)\.", name)
+    if place is None:
+        return name
+    return f"layer_{int(place[2]):02d}" if place[1] == "layers" else f"mtp_{place[2]}"

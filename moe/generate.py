@@ -14,7 +14,7 @@ __all__ = ["generate"]
 
 
 class LanguageModel(Protocol):
-    """What `generate` needs of a model: its configuration, and logits for ids over a cache."""
+    """What `generate` needs of a model: its configuration, and a `ModelOutput` for ids over a cache."""
 
     config: ModelConfig
 
@@ -54,7 +54,8 @@ def generate(
     new: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for _ in range(max_new_tokens):
-        logits = model(ids, cache=cache).logits[:, -1].float()
+        out = model(ids, cache=cache)
+        logits = out.head(out.hidden[:, -1]).float()
         ids = _choose(logits, temperature, generator)[:, None]
         for row, token in enumerate(ids[:, 0].tolist()):
             if row in open_rows:

@@ -68,7 +68,17 @@ class Architecture(Section):
     max_position_embeddings: int = setting(4096, at_least=1, doc="longest sequence")
     rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm")
     tie_word_embeddings: bool = setting(False, doc="the output head shares the embedding's matrix")
-    initializer_range: float = setting(0.02, above=0, doc="standard deviation of the initial weights")
+    num_nextn_predict_layers: int = setting(
+        0, at_least=0, doc="multi-token prediction modules, each one further token ahead; for training only"
+    )
+    initializer_range: float = setting(
+        0.02, above=0, doc="standard deviation of the initial weights; DeepSeek-V3 uses 0.006"
+    )
+    initialization: Literal["normal", "scaled"] = setting(
+        "normal",
+        doc="normal: initializer_range everywhere (DeepSeek-V3); scaled: matrices that write to the residual stream "
+        "start smaller, by the square root of twice the layers (GPT-2)",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

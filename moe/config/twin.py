@@ -27,6 +27,7 @@ def dense_twin(config: _Config, match: Literal["active", "total"]) -> _Config:
         num_experts_per_tok=0,
         moe_intermediate_size=0,
         first_k_dense_replace=0,
+        num_nextn_predict_layers=0,
         topk_method="greedy",
         n_group=1,
         topk_group=1,

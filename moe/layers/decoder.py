@@ -29,10 +29,17 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, rotary: Rotary, mask: Tensor | None = None, memory: Memory | None = None
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        counted_BS: Tensor | None = None,
     ) -> Tensor:
+        """(B, S, D) to (B, S, D); `rotary`, `mask` and `memory` as for the attention, `counted_BS` as for `MoE`."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, memory)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        normed = self.post_attention_layernorm(x_BSD)
+        return x_BSD + (self.mlp(normed, counted_BS) if isinstance(self.mlp, MoE) else self.mlp(normed))
 
 
 def _attention(config: Architecture) -> nn.Module:

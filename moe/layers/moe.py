@@ -77,9 +77,15 @@ class MoE(nn.Module):
         shared = n_shared_experts * moe_intermediate_size
         self.shared_experts = FeedForward(hidden_size, shared) if shared else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """(…, hidden_size) to the same shape.
+
+        Args:
+            counted: (…) bool, false for padding: such tokens are computed like all, but are no load to balance and have
+                no part in balance losses.
+        """
         x_TD = x.reshape(-1, x.shape[-1])
-        route = self.router(x_TD, x.shape[:-2].numel())
+        route = self.router(x_TD, x.shape[:-2].numel(), None if counted is None else counted.reshape(-1))
         y_TD = self.experts(x_TD, route.topk_index_TK, route.topk_weight_TK, route.tokens_per_expert_E)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

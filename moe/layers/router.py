@@ -79,10 +79,11 @@ class Router(nn.Module):
         self.routed_scaling_factor = routed_scaling_factor
         self.backend = backend
 
-    def forward(self, x_TD: Tensor, sequences: int = 1) -> RouteResult:
+    def forward(self, x_TD: Tensor, sequences: int = 1, counted_T: Tensor | None = None) -> RouteResult:
         """Route T tokens of width D, which are `sequences` sequences of equal length.
 
-        Counts load only in training with gradients, so evaluation never steers.
+        Counts load only in training with gradients, so evaluation never steers; and only the tokens that `counted_T`
+        (T,) bool says, when it is given: padding is no load.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
@@ -99,15 +100,19 @@ class Router(nn.Module):
             backend=self.backend,
         )
         if self.training and torch.is_grad_enabled():
-            self._record(route, logits_TE, sequences)
+            self._record(route, logits_TE, sequences, counted_T)
         return route
 
     def forget(self) -> None:
         """Drop everything recorded since the balancer last read it."""
         self.tokens_per_expert = self.margin_histogram = self.first_choice = self.balance_loss = None
 
-    def _record(self, route: RouteResult, logits_TE: Tensor, sequences: int) -> None:
+    def _record(self, route: RouteResult, logits_TE: Tensor, sequences: int, counted_T: Tensor | None) -> None:
         checkpointing = _recomputation()
+        if counted_T is not None:
+            route = route._replace(
+                tokens_per_expert_E=balance.count_load(route.topk_index_TK, len(self.weight), counted_T)
+            )
         if self.loss_weights is not None:
             if checkpointing == "replaces":
                 raise ConfigError(
@@ -115,31 +120,43 @@ class Router(nn.Module):
                     "call torch.utils.checkpoint.checkpoint with use_reentrant=False, or set the alphas to 0"
                 )
             # computed in a repetition too: its backward needs the tensors saved on the way
-            loss = self._losses(route, logits_TE, sequences, self.loss_weights)
+            loss = self._losses(route, logits_TE, sequences, counted_T, self.loss_weights)
             self.balance_loss = loss if checkpointing == "" else self.balance_loss
         if checkpointing == "repeats":
             return
         with torch.no_grad():
             # out of place: an in-place add would trip activation checkpointing's check on recomputation
             self.tokens_per_expert = _plus(self.tokens_per_expert, route.tokens_per_expert_E)
-            first = route.topk_weight_TK[:, 0].sum(dtype=torch.float64) / self.routed_scaling_factor
+            weights_T = route.topk_weight_TK[:, 0] if counted_T is None else route.topk_weight_TK[:, 0] * counted_T
+            first = weights_T.sum(dtype=torch.float64) / self.routed_scaling_factor
             self.first_choice = _plus(self.first_choice, first)
             if self.collect_margins and self.expert_bias is not None:
-                margins = balance.margin_histogram(route.scores_TE, self.expert_bias, self.num_experts_per_tok)
+                margins = balance.margin_histogram(
+                    route.scores_TE, self.expert_bias, self.num_experts_per_tok, counted_T
+                )
                 self.margin_histogram = _plus(self.margin_histogram, margins)
 
-    def _losses(self, route: RouteResult, logits_TE: Tensor, sequences: int, weights: LossWeights) -> Tensor:
+    def _losses(
+        self,
+        route: RouteResult,
+        logits_TE: Tensor,
+        sequences: int,
+        counted_T: Tensor | None,
+        weights: LossWeights,
+    ) -> Tensor:
         """The micro-batch's weighted losses; its own tokens are the denominator, on this rank alone."""
         total = logits_TE.new_zeros(())
         if weights.aux:
             loads = route.tokens_per_expert_E
-            total = total + weights.aux * balance.load_balancing_loss(route.scores_TE, loads, self.num_experts_per_tok)
+            total = total + weights.aux * balance.load_balancing_loss(
+                route.scores_TE, loads, self.num_experts_per_tok, counted_T
+            )
         if weights.sequence:
             total = total + weights.sequence * balance.sequence_loss(
-                route.scores_TE, self.num_experts_per_tok, sequences
+                route.scores_TE, self.num_experts_per_tok, sequences, counted_T
             )
         if weights.z:
-            total = total + weights.z * balance.z_loss(logits_TE)
+            total = total + weights.z * balance.z_loss(logits_TE, counted_T)
         return total
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.balancer import LoadCounter
@@ -52,9 +51,10 @@ def evaluate(
 
 
 def _sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token loss of each sequence, (B,), in fp32."""
-    logits = model(ids).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
+    """Mean next-token loss of each sequence, (B,), in fp32; sequence by sequence, for the head's memory."""
+    out = model(ids)
+    losses = [out.head(hidden[:-1], tokens[1:]) for hidden, tokens in zip(out.hidden, ids, strict=True)]
+    return torch.stack(losses) / (ids.shape[1] - 1)
 
 
 @contextmanager

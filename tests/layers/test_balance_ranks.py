@@ -63,9 +63,9 @@ def _rank(method: str, folder: Path, rank: int) -> None:
 
 def _avoid(layer: Any) -> None:
     def without_first(module: Any, args: Any) -> Any:
-        x, sequences = args
+        x, *rest = args
         direction = module.weight.detach()[0]
-        return x - (x @ direction + 50).unsqueeze(-1) * direction / direction.square().sum(), sequences
+        return x - (x @ direction + 50).unsqueeze(-1) * direction / direction.square().sum(), *rest
 
     layer.router.register_forward_pre_hook(without_first)
 

@@ -1,0 +1,118 @@
+"""The output head: hidden states to logits, or straight to their cross-entropy without keeping the logits.
+
+    l = h W^T                                  (N, V) fp32
+    loss = sum over labelled rows of  logsumexp(l_n) - l_n[label_n]
+    dl_n = softmax(l_n) - onehot(label_n)      dh = dl W,  dW = dl^T h
+
+32,768 tokens of a 129,280-word vocabulary have 17 GB of fp32 logits, and their gradient as much again. Rows are
+therefore taken some thousand at a time, and both gradients are worked out while a chunk's logits are there: no product
+is computed twice, and what lives on is h's and W's own gradient. torch's `linear_cross_entropy` (from 2.13) does the
+same but breaks a torch.compile graph, and Liger's needs a GPU; hence an op of our own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["IGNORED", "OutputHead", "next_token_labels"]
+
+IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
+_CHUNK_LOGITS = 2**27  # half a GB in fp32: some thousand rows of a large vocabulary keep a GPU's matrix units busy
+
+
+class OutputHead(nn.Linear):
+    """`head(hidden)` are logits (…, V); `head(hidden, labels)` is the summed cross-entropy, fp32, in bounded memory."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of `hidden` (…, D), in its dtype; or with `labels` (…), integers, the sum of -log p(label) in nats.
+
+        Labels belong to the positions they stand at (they are not shifted here); -100 has no loss. Under autocast the
+        products are in the autocast dtype, and gradients of fp32 weights are summed up in fp32.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type):
+            hidden = hidden.to(torch.get_autocast_dtype(device_type))
+        grad = torch.is_grad_enabled()
+        return _linear_cross_entropy(
+            hidden.flatten(0, -2),
+            self.weight,
+            labels.flatten(),
+            grad and hidden.requires_grad,
+            grad and self.weight.requires_grad,
+        )[0]
+
+
+def next_token_labels(labels: Tensor) -> Tensor:
+    """Labels (B, S) moved one position to the left: position s is scored against label s + 1, the last against none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+@torch.library.custom_op("moe::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of losses, its gradient by hidden, by weight); gradients that are not needed are empty."""
+    rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+    matrix = weight.to(hidden.dtype)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
+    for first in range(0, hidden.shape[0], rows):
+        chunk, label = hidden[first : first + rows], labels[first : first + rows]
+        scored = (label != IGNORED).unsqueeze(1)
+        target = label.clamp_min(0).unsqueeze(1)
+        logits = (chunk @ matrix.t()).float()
+        log_sum = logits.logsumexp(1, keepdim=True)
+        total += torch.where(scored, log_sum - logits.gather(1, target), 0.0).sum()
+        if not (need_hidden or need_weight):
+            continue
+        d_logits = logits.sub_(log_sum).exp_()
+        d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(scored)
+        d_logits = d_logits.to(hidden.dtype)
+        if need_hidden:
+            torch.mm(d_logits, matrix, out=d_hidden[first : first + rows])
+        if need_weight and weight.dtype == hidden.dtype:
+            d_weight.addmm_(d_logits.t(), chunk)
+        elif need_weight:
+            d_weight += d_logits.t() @ chunk
+    return total, d_hidden, d_weight
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, d_hidden, d_weight = output
+    ctx.mark_non_differentiable(d_hidden, d_weight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_hidden, d_weight)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple:
+    if grad is None:
+        return (None,) * 5
+    d_hidden, d_weight = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    return (
+        d_hidden * grad if need_hidden else None,
+        d_weight * grad if need_weight else None,
+        *(None,) * 3,
+    )
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
