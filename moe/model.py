@@ -14,7 +14,7 @@ from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.generate import generate
-from moe.layers.decoder import DecoderLayer, yarn_of
+from moe.layers.decoder import DecoderLayer, stretching_of
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import rotary_tables
 from moe.layers.router import take_balance_loss
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = cache.positions(length) if cache else torch.arange(length, device=input_ids.device)[None]
         mask = cache.mask(length) if cache else None
-        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, yarn_of(self.config))
+        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, stretching_of(self.config))
         x_BSD = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rotary, mask, cache.layer(number) if cache else None)

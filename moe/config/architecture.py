@@ -36,8 +36,19 @@ class Architecture(Section):
     )
     attention_bias: bool = setting(False, doc="biases in the attention projections")
     rope_theta: float = setting(10000.0, above=1, doc="base of the rotary frequencies")
-    rope_factor: float = setting(1.0, at_least=1, doc="YaRN: how far positions are stretched; 1 for not at all")
-    rope_original_max_position_embeddings: int = setting(4096, at_least=1, doc="YaRN: context before stretching")
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = setting(
+        "default", doc="how positions are stretched over a longer context; default: not at all"
+    )
+    rope_factor: float = setting(1.0, at_least=1, doc="how far positions are stretched; 1 for not at all")
+    rope_original_max_position_embeddings: int = setting(
+        4096, at_least=1, doc="llama3, YaRN: context before stretching, in tokens"
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, above=0, doc="llama3: pairs that turn less often than this in the context before are slowed down fully"
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, above=0, doc="llama3: pairs that turn more often than this in the context before keep their frequency"
+    )
     rope_beta_fast: float = setting(
         32.0, above=0, doc="YaRN: pairs that turn more often than this keep their frequency"
     )
@@ -81,6 +92,12 @@ class Architecture(Section):
             self._check_experts()
 
     def _check_rope(self) -> None:
+        if self.rope_type == "default" and self.rope_factor != 1:
+            self.fail("rope_factor", "says how far, but not how: set model.rope_type to linear, llama3 or yarn")
+        if self.rope_type != "default" and self.rope_factor == 1:
+            self.fail("rope_type", "needs model.rope_factor above 1: how far positions are stretched")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            self.fail("rope_low_freq_factor", f"must be below rope_high_freq_factor ({self.rope_high_freq_factor:g})")
         if self.rope_beta_fast < self.rope_beta_slow:
             self.fail("rope_beta_fast", f"must not be below rope_beta_slow ({self.rope_beta_slow:g})")
 

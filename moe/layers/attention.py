@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
+from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
 
 __all__ = ["GroupedQueryAttention"]
 
@@ -24,7 +24,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
         attention_bias: biases in the four projections.
         rope_theta: base of the rotary frequencies (pairs are halves).
-        yarn: stretching of the positions; None for none.
+        stretching: of the positions; None for none.
         rms_norm_eps: epsilon of the norms.
     """
 
@@ -38,7 +38,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: Literal["none", "head", "full"] = "none",
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
-        yarn: Yarn | None = None,
+        stretching: Stretching | None = None,
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GroupedQueryAttention(nn.Module):
         self.num_kv_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rope_theta = rope_theta
-        self.yarn = yarn
+        self.stretching = stretching
         self.qk_norm = qk_norm
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
@@ -75,7 +75,7 @@ class GroupedQueryAttention(nn.Module):
         batch, length, _ = x_BSD.shape
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
-            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.yarn)
+            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)
         query, key, value = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
