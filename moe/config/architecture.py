@@ -29,6 +29,7 @@ class Architecture(Section):
     qk_nope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part without position")
     qk_rope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part with position")
     v_head_dim: int = setting(0, at_least=0, doc="mla: per head, value width")
+    latent_norm_eps: float = setting(1e-6, above=0, doc="mla: epsilon of the norms of the latents")
     num_key_value_heads: int | None = setting(None, at_least=1, doc="gqa: key and value heads; none for one a head")
     head_dim: int | None = setting(None, at_least=2, doc="gqa: width of a head; none for hidden_size / heads")
     qk_norm: Literal["none", "head", "full"] = setting(
@@ -77,7 +78,7 @@ class Architecture(Section):
     routed_scaling_factor: float = setting(1.0, above=0, doc="factor on the weights of the chosen experts")
 
     max_position_embeddings: int = setting(4096, at_least=1, doc="longest sequence")
-    rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm")
+    rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm but those of the latents")
     tie_word_embeddings: bool = setting(False, doc="the output head shares the embedding's matrix")
     initializer_range: float = setting(0.02, above=0, doc="standard deviation of the initial weights")
 

@@ -61,7 +61,7 @@ def _attention(config: Architecture) -> nn.Module:
         attention_bias=config.attention_bias,
         rope_theta=config.rope_theta,
         stretching=stretching_of(config),
-        rms_norm_eps=config.rms_norm_eps,
+        latent_norm_eps=config.latent_norm_eps,
     )
 
 

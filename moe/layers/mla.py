@@ -31,7 +31,7 @@ class MultiHeadLatentAttention(nn.Module):
         attention_bias: biases in the down-projections and the output projection, as in Hugging Face's DeepseekV3.
         rope_theta: base of the rotary frequencies.
         stretching: of the positions; None for none.
-        rms_norm_eps: epsilon of the latent norms.
+        latent_norm_eps: epsilon of the norms of the latents, of queries and of keys and values.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MultiHeadLatentAttention(nn.Module):
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
         stretching: Stretching | None = None,
-        rms_norm_eps: float = 1e-6,
+        latent_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.num_heads = num_attention_heads
@@ -66,10 +66,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
-            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=latent_norm_eps)
             self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias)
-        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=latent_norm_eps)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
 

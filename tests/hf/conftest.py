@@ -80,6 +80,7 @@ def _latent_attention(draw: random.Random, *, even: bool) -> dict[str, Any]:
         qk_rope_head_dim=draw.choice((2, 4, 8)),
         v_head_dim=draw.randint(3, 9),
         attention_bias=draw.random() < 0.5,
+        rms_norm_eps=draw.choice((1e-6, 1e-6, 1e-2)),  # large: that the latents' is another must show
     )
 
 

@@ -62,7 +62,6 @@ CONFIG_JSON = [
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not supported"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy' is not supported"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
-    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 is not supported"),
     ("deepseek_v3", {"num_key_value_heads": 1}, "num_key_value_heads=1 is not supported"),
     ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True is not supported"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc' is not supported"),
@@ -121,7 +120,7 @@ EXPORT = [
     ("olmoe", {"head_dim": 2}, "model.head_dim=2 cannot be exported"),
     ("llama", {"qk_norm": "full"}, "model.qk_norm='full' has no dense family"),
     ("llama", {"hidden_size": 26, "num_attention_heads": 4, "head_dim": 4}, "model.hidden_size=26 cannot be exported"),
-    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "model.rms_norm_eps=1e-05 cannot be exported"),
+    ("deepseek_v3", {"latent_norm_eps": 1e-5}, "model.latent_norm_eps=1e-05 cannot be exported: DeepseekV3ForCausalLM"),
     ("deepseek_v3", {"topk_method": "group_limited_greedy"}, "model.topk_method='group_limited_greedy' cannot be"),
     (
         "deepseek_v3",
