@@ -35,6 +35,9 @@ class Architecture(Section):
     qk_norm: Literal["none", "head", "full"] = setting(
         "none", doc="gqa: RMSNorm of queries and keys, per head or over all heads together"
     )
+    clip_qkv: float | None = setting(
+        None, above=0, doc="gqa: largest magnitude of entries of queries, keys and values; none for any"
+    )
     attention_bias: bool = setting(False, doc="biases in the attention projections")
     rope_theta: float = setting(10000.0, above=1, doc="base of the rotary frequencies")
     rope_type: Literal["default", "linear", "llama3", "yarn"] = setting(
@@ -110,6 +113,8 @@ class Architecture(Section):
             self.fail("qk_rope_head_dim", "must be even: rotary positions turn pairs")
         if self.qk_norm != "none":
             self.fail("qk_norm", "is for attention='gqa'; mla normalises its latents instead")
+        if self.clip_qkv is not None:
+            self.fail("clip_qkv", "is for attention='gqa': leave it none")
 
     def _check_gqa(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

@@ -13,7 +13,7 @@ __all__ = ["FAMILIES", "GQA_ONLY", "MLA_ONLY", "MOE_ONLY", "Family"]
 # Fields of ours that mean something only with one kind of attention, or only with experts.
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MLA_ONLY = frozenset({*_LATENT, "latent_norm_eps"})
-GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm"})
+GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm", "clip_qkv"})
 MOE_ONLY = frozenset(
     {
         "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "score_func",
@@ -132,11 +132,11 @@ _ALL = (
         fields={
             **_COMMON, **_GQA, "attention_bias": "attention_bias", "n_routed_experts": "num_experts",
             "num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "intermediate_size",
-            "norm_topk_prob": "norm_topk_prob",
+            "norm_topk_prob": "norm_topk_prob", "clip_qkv": "clip_qkv",
         },
         fixed={**_GREEDY, "qk_norm": "full"},
-        absent={**_ABSENT, "rms_norm_eps": 1e-5, "attention_bias": False, "norm_topk_prob": False},
-        refused={**_REFUSED, "clip_qkv": None},
+        absent={**_ABSENT, "rms_norm_eps": 1e-5, "attention_bias": False, "norm_topk_prob": False, "clip_qkv": None},
+        refused=_REFUSED,
         alias={"num_experts": "num_local_experts"},
     ),
     Family(

@@ -22,6 +22,8 @@ class GroupedQueryAttention(nn.Module):
         num_key_value_heads: key and value heads, a divisor of H; None for H.
         head_dim: width of a head, even; None for D / H.
         qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
+        clip_qkv: largest magnitude of the entries of queries, keys and values after their norms and before positions,
+            where transformers' OLMoE clamps them; None for any.
         attention_bias: biases in the four projections.
         rope_theta: base of the rotary frequencies (pairs are halves).
         stretching: of the positions; None for none.
@@ -36,6 +38,7 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int | None = None,
         *,
         qk_norm: Literal["none", "head", "full"] = "none",
+        clip_qkv: float | None = None,
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
         stretching: Stretching | None = None,
@@ -48,6 +51,7 @@ class GroupedQueryAttention(nn.Module):
         self.rope_theta = rope_theta
         self.stretching = stretching
         self.qk_norm = qk_norm
+        self.clip_qkv = clip_qkv
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
         self.k_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
@@ -82,6 +86,8 @@ class GroupedQueryAttention(nn.Module):
         query, key, value = (part.view(batch, length, -1, self.head_dim) for part in (query, key, value))
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value))
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = apply_rotary(query, rotary, interleaved=False), apply_rotary(key, rotary, interleaved=False)
         if memory is not None:

@@ -45,6 +45,7 @@ def _attention(config: Architecture) -> nn.Module:
             config.num_key_value_heads,
             config.head_dim,
             qk_norm=config.qk_norm,
+            clip_qkv=config.clip_qkv,
             attention_bias=config.attention_bias,
             rope_theta=config.rope_theta,
             stretching=stretching_of(config),

@@ -49,6 +49,7 @@ RECIPE = Recipe(run=RunConfig(name="x"), model=MODEL)
             "model.rope_type='llama3' needs model.rope_factor above 1: how far positions are stretched",
         ),
         (["model.rope_low_freq_factor=4"], "model.rope_low_freq_factor=4.0 must be below rope_high_freq_factor (4)"),
+        (["model.clip_qkv=8"], "model.clip_qkv=8.0 is for attention='gqa': leave it none"),
         (
             ["model.kv_lora_rank=0"],
             "model.kv_lora_rank=0 is needed by attention='mla': give it, or set model.attention=gqa",

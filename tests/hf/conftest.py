@@ -93,6 +93,7 @@ def _grouped_attention(draw: random.Random, family: str, heads: int) -> dict[str
         rms_norm_eps=draw.choice((1e-6, 1e-5)),
         attention_bias=family != "mixtral" and draw.random() < 0.5,
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
+        clip_qkv=draw.choice((None, None, 0.3, 1.0)) if family == "olmoe" else None,  # at times most entries
     )
 
 

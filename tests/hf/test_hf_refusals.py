@@ -70,7 +70,7 @@ CONFIG_JSON = [
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window=32 is not supported"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
     ("qwen3_moe", {"mlp_only_layers": [2]}, r"mlp_only_layers=\[2\] is not supported"),
-    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
+    ("olmoe", {"clip_qkv": -8.0}, "clip_qkv=-8.0 must be above 0"),
     ("qwen3", {"layer_types": ["sliding_attention"]}, "is not supported: every layer has full attention"),
 ]
 
@@ -117,6 +117,8 @@ EXPORT = [
     ("mixtral", {"routed_scaling_factor": 2.0}, "model.routed_scaling_factor=2.0 cannot be exported"),
     ("mixtral", {"norm_topk_prob": False}, "model.norm_topk_prob=False cannot be exported"),
     ("mixtral", {"attention_bias": True}, "model.attention_bias=True cannot be exported"),
+    ("qwen3_moe", {"clip_qkv": 8.0}, "model.clip_qkv=8.0 cannot be exported: Qwen3MoeForCausalLM has only None"),
+    ("llama", {"clip_qkv": 8.0}, "model.clip_qkv=8.0 cannot be exported: LlamaForCausalLM has only None"),
     ("olmoe", {"head_dim": 2}, "model.head_dim=2 cannot be exported"),
     ("llama", {"qk_norm": "full"}, "model.qk_norm='full' has no dense family"),
     ("llama", {"hidden_size": 26, "num_attention_heads": 4, "head_dim": 4}, "model.hidden_size=26 cannot be exported"),
