@@ -15,7 +15,7 @@ from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.generate import generate
-from moe.layers.decoder import DecoderLayer, yarn_of
+from moe.layers.decoder import DecoderLayer, stretching_of
 from moe.layers.head import IGNORED, OutputHead, next_token_labels
 from moe.layers.mtp import MultiTokenPredictor
 from moe.layers.norm import RMSNorm
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
             raise ConfigError("document_ids are for whole sequences: leave them out when decoding over a cache")
         mask = cache.mask(length) if cache else _same_document(document_ids)
         counted_BS = None if document_ids is None else document_ids >= 0
-        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, yarn_of(self.config))
+        rotary = rotary_tables(position_ids, self.config.rotary_dim, self.config.rope_theta, stretching_of(self.config))
         x_BSD = self.embed_tokens(input_ids)
         for number, layer in enumerate(self.layers):
             memory = cache.layer(number) if cache else None

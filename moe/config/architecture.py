@@ -29,15 +29,30 @@ class Architecture(Section):
     qk_nope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part without position")
     qk_rope_head_dim: int = setting(0, at_least=0, doc="mla: per head, query and key part with position")
     v_head_dim: int = setting(0, at_least=0, doc="mla: per head, value width")
+    latent_norm_eps: float = setting(1e-6, above=0, doc="mla: epsilon of the norms of the latents")
     num_key_value_heads: int | None = setting(None, at_least=1, doc="gqa: key and value heads; none for one a head")
     head_dim: int | None = setting(None, at_least=2, doc="gqa: width of a head; none for hidden_size / heads")
     qk_norm: Literal["none", "head", "full"] = setting(
         "none", doc="gqa: RMSNorm of queries and keys, per head or over all heads together"
     )
+    clip_qkv: float | None = setting(
+        None, above=0, doc="gqa: largest magnitude of entries of queries, keys and values; none for any"
+    )
     attention_bias: bool = setting(False, doc="biases in the attention projections")
     rope_theta: float = setting(10000.0, above=1, doc="base of the rotary frequencies")
-    rope_factor: float = setting(1.0, at_least=1, doc="YaRN: how far positions are stretched; 1 for not at all")
-    rope_original_max_position_embeddings: int = setting(4096, at_least=1, doc="YaRN: context before stretching")
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = setting(
+        "default", doc="how positions are stretched over a longer context; default: not at all"
+    )
+    rope_factor: float = setting(1.0, at_least=1, doc="how far positions are stretched; 1 for not at all")
+    rope_original_max_position_embeddings: int = setting(
+        4096, at_least=1, doc="llama3, YaRN: context before stretching, in tokens"
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, above=0, doc="llama3: pairs that turn less often than this in the context before are slowed down fully"
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, above=0, doc="llama3: pairs that turn more often than this in the context before keep their frequency"
+    )
     rope_beta_fast: float = setting(
         32.0, above=0, doc="YaRN: pairs that turn more often than this keep their frequency"
     )
@@ -66,7 +81,7 @@ class Architecture(Section):
     routed_scaling_factor: float = setting(1.0, above=0, doc="factor on the weights of the chosen experts")
 
     max_position_embeddings: int = setting(4096, at_least=1, doc="longest sequence")
-    rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm")
+    rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm but those of the latents")
     tie_word_embeddings: bool = setting(False, doc="the output head shares the embedding's matrix")
     num_nextn_predict_layers: int = setting(
         0, at_least=0, doc="multi-token prediction modules, each one further token ahead; for training only"
@@ -91,6 +106,12 @@ class Architecture(Section):
             self._check_experts()
 
     def _check_rope(self) -> None:
+        if self.rope_type == "default" and self.rope_factor != 1:
+            self.fail("rope_factor", "says how far, but not how: set model.rope_type to linear, llama3 or yarn")
+        if self.rope_type != "default" and self.rope_factor == 1:
+            self.fail("rope_type", "needs model.rope_factor above 1: how far positions are stretched")
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            self.fail("rope_low_freq_factor", f"must be below rope_high_freq_factor ({self.rope_high_freq_factor:g})")
         if self.rope_beta_fast < self.rope_beta_slow:
             self.fail("rope_beta_fast", f"must not be below rope_beta_slow ({self.rope_beta_slow:g})")
 
@@ -102,6 +123,8 @@ class Architecture(Section):
             self.fail("qk_rope_head_dim", "must be even: rotary positions turn pairs")
         if self.qk_norm != "none":
             self.fail("qk_norm", "is for attention='gqa'; mla normalises its latents instead")
+        if self.clip_qkv is not None:
+            self.fail("clip_qkv", "is for attention='gqa': leave it none")
 
     def _check_gqa(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads

@@ -11,8 +11,9 @@ from typing import Any
 __all__ = ["FAMILIES", "GQA_ONLY", "MLA_ONLY", "MOE_ONLY", "Family"]
 
 # Fields of ours that mean something only with one kind of attention, or only with experts.
-MLA_ONLY = frozenset({"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"})
-GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm"})
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MLA_ONLY = frozenset({*_LATENT, "latent_norm_eps"})
+GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm", "clip_qkv"})
 MOE_ONLY = frozenset(
     {
         "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "score_func",
@@ -58,7 +59,7 @@ _COMMON = _same(
 _GQA = _same("num_key_value_heads", "head_dim")
 _DEEPSEEK = {
     **_COMMON,
-    **_same(*sorted(MLA_ONLY)),
+    **_same(*_LATENT),
     **_same(
         "attention_bias", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
         "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor",
@@ -68,8 +69,9 @@ _DEEPSEEK = {
 _ABSENT = {"tie_word_embeddings": False, "initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 # What changes the computation wherever it is set. Dropout and jitter would act in training only, and silently not.
 _REFUSED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
-# Latent norms have their own epsilon in transformers, always 1e-6; ours share the model's.
-_DEEPSEEK_REFUSED = {**_REFUSED, "rms_norm_eps": 1e-6, "moe_layer_freq": 1}
+_DEEPSEEK_REFUSED = {**_REFUSED, "moe_layer_freq": 1}
+# transformers' latent norms have this epsilon whatever rms_norm_eps is: no field of config.json reaches them.
+_MLA = {"attention": "mla", "latent_norm_eps": 1e-6}
 _GREEDY = {"attention": "gqa", "score_func": "softmax", "topk_method": "greedy"}
 
 _ALL = (
@@ -77,7 +79,7 @@ _ALL = (
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
         fields={**_DEEPSEEK, "norm_topk_prob": "norm_topk_prob"},
-        fixed={"attention": "mla", "score_func": "sigmoid", "topk_method": "noaux_tc"},
+        fixed={**_MLA, "score_func": "sigmoid", "topk_method": "noaux_tc"},
         absent={**_ABSENT, "attention_bias": False, "q_lora_rank": 1536, "norm_topk_prob": True},
         refused={
             **_DEEPSEEK_REFUSED, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True,
@@ -89,7 +91,7 @@ _ALL = (
         architecture="DeepseekV2ForCausalLM",
         fields={**_DEEPSEEK, "topk_method": "topk_method"},
         # transformers never normalises the weights, whatever norm_topk_prob says; no released model asks for it
-        fixed={"attention": "mla", "score_func": "softmax", "norm_topk_prob": False},
+        fixed={**_MLA, "score_func": "softmax", "norm_topk_prob": False},
         absent={
             **_ABSENT, "attention_bias": False, "q_lora_rank": 1536, "topk_method": "greedy", "n_group": 1,
             "topk_group": 1, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
@@ -130,11 +132,11 @@ _ALL = (
         fields={
             **_COMMON, **_GQA, "attention_bias": "attention_bias", "n_routed_experts": "num_experts",
             "num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "intermediate_size",
-            "norm_topk_prob": "norm_topk_prob",
+            "norm_topk_prob": "norm_topk_prob", "clip_qkv": "clip_qkv",
         },
         fixed={**_GREEDY, "qk_norm": "full"},
-        absent={**_ABSENT, "rms_norm_eps": 1e-5, "attention_bias": False, "norm_topk_prob": False},
-        refused={**_REFUSED, "clip_qkv": None},
+        absent={**_ABSENT, "rms_norm_eps": 1e-5, "attention_bias": False, "norm_topk_prob": False, "clip_qkv": None},
+        refused=_REFUSED,
         alias={"num_experts": "num_local_experts"},
     ),
     Family(

@@ -155,8 +155,6 @@ def _leading_dense_layers(stored: Mapping[str, Any]) -> int:
 
 def _refuse_what_their_class_lacks(family: Family, config: ModelConfig) -> None:
     """Limits of transformers' classes that ours do not share."""
-    if config.attention == "mla" and config.rms_norm_eps != 1e-6:
-        config.fail("rms_norm_eps", f"cannot be exported: {family.architecture}'s latent norms always use 1e-06")
     if family.model_type == "deepseek_v2" and config.topk_method == "noaux_tc":
         config.fail(
             "topk_method", f"cannot be exported: {family.architecture} has no expert bias beside softmax scores"

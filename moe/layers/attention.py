@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
+from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
 
 __all__ = ["GroupedQueryAttention"]
 
@@ -22,9 +22,11 @@ class GroupedQueryAttention(nn.Module):
         num_key_value_heads: key and value heads, a divisor of H; None for H.
         head_dim: width of a head, even; None for D / H.
         qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
+        clip_qkv: largest magnitude of the entries of queries, keys and values after their norms and before positions,
+            where transformers' OLMoE clamps them; None for any.
         attention_bias: biases in the four projections.
         rope_theta: base of the rotary frequencies (pairs are halves).
-        yarn: stretching of the positions; None for none.
+        stretching: of the positions; None for none.
         rms_norm_eps: epsilon of the norms.
     """
 
@@ -36,9 +38,10 @@ class GroupedQueryAttention(nn.Module):
         head_dim: int | None = None,
         *,
         qk_norm: Literal["none", "head", "full"] = "none",
+        clip_qkv: float | None = None,
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
-        yarn: Yarn | None = None,
+        stretching: Stretching | None = None,
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -46,8 +49,9 @@ class GroupedQueryAttention(nn.Module):
         self.num_kv_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rope_theta = rope_theta
-        self.yarn = yarn
+        self.stretching = stretching
         self.qk_norm = qk_norm
+        self.clip_qkv = clip_qkv
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
         self.k_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
@@ -75,13 +79,15 @@ class GroupedQueryAttention(nn.Module):
         batch, length, _ = x_BSD.shape
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
-            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.yarn)
+            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)
         query, key, value = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (part.view(batch, length, -1, self.head_dim) for part in (query, key, value))
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip_qkv is not None:
+            query, key, value = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value))
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = apply_rotary(query, rotary, interleaved=False), apply_rotary(key, rotary, interleaved=False)
         if memory is not None:

@@ -1,5 +1,7 @@
 """One decoder layer of a configuration: attention and feed-forward, each behind a norm and beside a residual."""
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from moe.config.architecture import Architecture
@@ -9,9 +11,9 @@ from moe.layers.memory import Memory
 from moe.layers.mla import MultiHeadLatentAttention
 from moe.layers.moe import MoE
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, Yarn
+from moe.layers.rope import STRETCHINGS, Rotary, Stretching
 
-__all__ = ["DecoderLayer", "yarn_of"]
+__all__ = ["DecoderLayer", "stretching_of"]
 
 
 class DecoderLayer(nn.Module):
@@ -50,9 +52,10 @@ def _attention(config: Architecture) -> nn.Module:
             config.num_key_value_heads,
             config.head_dim,
             qk_norm=config.qk_norm,
+            clip_qkv=config.clip_qkv,
             attention_bias=config.attention_bias,
             rope_theta=config.rope_theta,
-            yarn=yarn_of(config),
+            stretching=stretching_of(config),
             rms_norm_eps=config.rms_norm_eps,
         )
     return MultiHeadLatentAttention(
@@ -65,23 +68,17 @@ def _attention(config: Architecture) -> nn.Module:
         config.q_lora_rank,
         attention_bias=config.attention_bias,
         rope_theta=config.rope_theta,
-        yarn=yarn_of(config),
-        rms_norm_eps=config.rms_norm_eps,
+        stretching=stretching_of(config),
+        latent_norm_eps=config.latent_norm_eps,
     )
 
 
-def yarn_of(config: Architecture) -> Yarn | None:
+def stretching_of(config: Architecture) -> Stretching | None:
     """How the configuration stretches positions; None for not at all."""
-    if config.rope_factor == 1.0:
+    if config.rope_type == "default":
         return None
-    return Yarn(
-        factor=config.rope_factor,
-        original_max_position_embeddings=config.rope_original_max_position_embeddings,
-        beta_fast=config.rope_beta_fast,
-        beta_slow=config.rope_beta_slow,
-        mscale=config.rope_mscale,
-        mscale_all_dim=config.rope_mscale_all_dim,
-    )
+    kind = STRETCHINGS[config.rope_type]
+    return kind(**{field.name: getattr(config, f"rope_{field.name}") for field in dataclasses.fields(kind)})
 
 
 def _mixture(config: Architecture) -> MoE:

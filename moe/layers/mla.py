@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
-from moe.layers.rope import Rotary, Yarn, apply_rotary, rotary_tables
+from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -30,8 +30,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_lora_rank: rank of the query projection; None for a full matrix.
         attention_bias: biases in the down-projections and the output projection, as in Hugging Face's DeepseekV3.
         rope_theta: base of the rotary frequencies.
-        yarn: stretching of the positions; None for none.
-        rms_norm_eps: epsilon of the latent norms.
+        stretching: of the positions; None for none.
+        latent_norm_eps: epsilon of the norms of the latents, of queries and of keys and values.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class MultiHeadLatentAttention(nn.Module):
         *,
         attention_bias: bool = False,
         rope_theta: float = 10000.0,
-        yarn: Yarn | None = None,
-        rms_norm_eps: float = 1e-6,
+        stretching: Stretching | None = None,
+        latent_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.num_heads = num_attention_heads
@@ -56,18 +56,20 @@ class MultiHeadLatentAttention(nn.Module):
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.q_lora_rank = q_lora_rank
-        self.softmax_scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0)
+        self.softmax_scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
+        if stretching is not None:
+            self.softmax_scale *= stretching.softmax_scale
         self.rope_theta = rope_theta
-        self.yarn = yarn
+        self.stretching = stretching
         q_width = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank is None:
             self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
-            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=latent_norm_eps)
             self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=attention_bias)
-        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(kv_lora_rank, eps=latent_norm_eps)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_bias)
 
@@ -92,7 +94,7 @@ class MultiHeadLatentAttention(nn.Module):
         batch, length, _ = x_BSD.shape
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
-            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.yarn)
+            rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)
         query = self._query(x_BSD).view(batch, length, self.num_heads, -1).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)

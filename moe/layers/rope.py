@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), and YaRN for longer contexts (arXiv:2309.00071).
+"""Rotary position embedding (arXiv:2104.09864), and three ways to stretch it over longer contexts.
 
 A pair of coordinates (a, b) of a query or key at position p is turned by the angle p * theta^(-2i/d), i the pair's
 number, so that the product of a query and a key depends on their distance alone. Two layouts of the pairs exist:
@@ -11,22 +11,69 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Rotary", "Yarn", "apply_rotary", "rotary_tables"]
+__all__ = ["STRETCHINGS", "Llama3", "Rotary", "Stretching", "Yarn", "apply_rotary", "rotary_tables"]
 
 Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """Stretches the positions a model was trained on by `factor`.
+class Stretching:
+    """Stretches the positions a model was trained on by `factor`: pairs are slowed down by it, here all of them alike.
 
-    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` keep their frequency, those
-    that turn less than `beta_slow` times are slowed down by `factor`, and those between are blended linearly. Attention
-    grows flatter over more positions; 0.1 * m * ln(factor) + 1 sharpens it again, with m = `mscale` on the tables over
-    the same with `mscale_all_dim`, and DeepSeek's softmax scale takes the square of the latter.
+    This is linear interpolation (arXiv:2306.15595). The other kinds leave alone the pairs that turn often, which tell
+    near positions apart, and differ in which these are.
     """
 
     factor: float
+
+    @property
+    def table_scale(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+    @property
+    def softmax_scale(self) -> float:
+        """What latent attention's softmax scale is multiplied by."""
+        return 1.0
+
+    def slow_down(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
+        """The frequencies of `dim` / 2 pairs, in radians a position, after stretching."""
+        slowed = self._slowed(inverse, dim, theta)
+        return inverse / self.factor * slowed + inverse * (1 - slowed)
+
+    def _slowed(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
+        """How far each pair is slowed down: 1 by all of `factor`, 0 not at all."""
+        return torch.ones_like(inverse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3(Stretching):
+    """Llama 3.1's, as in transformers' `rope_type` llama3.
+
+    Pairs that turn less than `low_freq_factor` times within `original_max_position_embeddings` are slowed down fully,
+    those that turn more than `high_freq_factor` times keep their frequency, and those between are blended linearly in
+    how often they turn.
+    """
+
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def _slowed(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
+        turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
+        return ((self.high_freq_factor - turns) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yarn(Stretching):
+    """YaRN (arXiv:2309.00071), as DeepSeek uses it.
+
+    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` keep their frequency, those
+    that turn less than `beta_slow` times are slowed down fully, and those between are blended linearly in the pair's
+    number. Attention grows flatter over more positions; 0.1 * m * ln(factor) + 1 sharpens it again, with m = `mscale`
+    on the tables over the same with `mscale_all_dim`, and DeepSeek's softmax scale takes the square of the latter.
+    """
+
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -45,13 +92,11 @@ class Yarn:
         """What latent attention's softmax scale is multiplied by (DeepSeek-V2 and V3)."""
         return self._sharpening(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
-    def slow_down(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
-        """The frequencies of `dim` / 2 pairs after stretching."""
+    def _slowed(self, inverse: Tensor, dim: int, theta: float) -> Tensor:
         low = max(math.floor(self._pair_turning(self.beta_fast, dim, theta)), 0)
         high = min(math.ceil(self._pair_turning(self.beta_slow, dim, theta)), dim - 1)
         pairs = torch.arange(dim // 2, device=inverse.device, dtype=torch.float32)
-        slowed = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
-        return inverse / self.factor * slowed + inverse * (1 - slowed)
+        return ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
 
     def _pair_turning(self, turns: float, dim: int, theta: float) -> float:
         """Number of the pair that turns `turns` times within the original context."""
@@ -61,12 +106,16 @@ class Yarn:
         return 0.1 * m * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-def rotary_tables(position_ids: Tensor, dim: int, theta: float, yarn: Yarn | None = None) -> Rotary:
+# By their names in Hugging Face's `rope_type`; their fields have its names as well.
+STRETCHINGS: dict[str, type[Stretching]] = {"linear": Stretching, "llama3": Llama3, "yarn": Yarn}
+
+
+def rotary_tables(position_ids: Tensor, dim: int, theta: float, stretching: Stretching | None = None) -> Rotary:
     """Cosines and sines, each (*position_ids.shape, dim / 2) in fp32, for integer positions and an even `dim`."""
     inverse = theta ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
     scale = 1.0
-    if yarn is not None:
-        inverse, scale = yarn.slow_down(inverse, dim, theta), yarn.table_scale
+    if stretching is not None:
+        inverse, scale = stretching.slow_down(inverse, dim, theta), stretching.table_scale
     angles = position_ids.to(torch.float32).unsqueeze(-1) * inverse
     return angles.cos() * scale, angles.sin() * scale
 

@@ -41,6 +41,16 @@ RECIPE = Recipe(run=RunConfig(name="x"), model=MODEL)
         (["model.n_group=3"], "model.n_group=3 must divide n_routed_experts (8)"),
         (["model.qk_rope_head_dim=3"], "model.qk_rope_head_dim=3 must be even: rotary positions turn pairs"),
         (
+            ["model.rope_factor=4"],
+            "model.rope_factor=4.0 says how far, but not how: set model.rope_type to linear, llama3 or yarn",
+        ),
+        (
+            ["model.rope_type=llama3"],
+            "model.rope_type='llama3' needs model.rope_factor above 1: how far positions are stretched",
+        ),
+        (["model.rope_low_freq_factor=4"], "model.rope_low_freq_factor=4.0 must be below rope_high_freq_factor (4)"),
+        (["model.clip_qkv=8"], "model.clip_qkv=8.0 is for attention='gqa': leave it none"),
+        (
             ["model.kv_lora_rank=0"],
             "model.kv_lora_rank=0 is needed by attention='mla': give it, or set model.attention=gqa",
         ),

@@ -38,7 +38,7 @@ def random_config(family: str, seed: int) -> ModelConfig:
         tie_word_embeddings=draw.random() < 0.4,
         rope_theta=draw.choice((500.0, 10000.0, 1e6)),
         max_position_embeddings=64,
-        **(_yarn(draw) if draw.random() < 0.5 else {}),
+        **_stretching(draw),
     )
     if family.startswith("deepseek"):
         fields.update(_latent_attention(draw, even=family == "deepseek_v2"))
@@ -49,10 +49,20 @@ def random_config(family: str, seed: int) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-def _yarn(draw: random.Random) -> dict[str, Any]:
+def _stretching(draw: random.Random) -> dict[str, Any]:
+    """Contexts so short that a few pairs are of every sort: kept, blended and slowed down."""
+    kind = draw.choice(("default", "linear", "llama3", "llama3", "yarn", "yarn"))
+    if kind == "default":
+        return {}
+    fields: dict[str, Any] = dict(rope_type=kind, rope_factor=draw.choice((1.5, 4.0, 16.0)))
+    if kind == "linear":
+        return fields
+    fields.update(rope_original_max_position_embeddings=draw.choice((4, 8, 16)))
+    if kind == "llama3":
+        low = draw.choice((0.02, 0.2, 1.0))
+        return {**fields, "rope_low_freq_factor": low, "rope_high_freq_factor": low * draw.choice((1.5, 4.0, 20.0))}
     return dict(
-        rope_factor=draw.choice((1.5, 4.0, 16.0)),
-        rope_original_max_position_embeddings=draw.choice((4, 8, 16)),
+        **fields,
         rope_beta_fast=draw.choice((4.0, 32.0)),
         rope_mscale=draw.choice((0.0, 0.7, 1.0)),
         rope_mscale_all_dim=draw.choice((0.0, 0.5, 1.0)),
@@ -70,6 +80,7 @@ def _latent_attention(draw: random.Random, *, even: bool) -> dict[str, Any]:
         qk_rope_head_dim=draw.choice((2, 4, 8)),
         v_head_dim=draw.randint(3, 9),
         attention_bias=draw.random() < 0.5,
+        rms_norm_eps=draw.choice((1e-6, 1e-6, 1e-2)),  # large: that the latents' is another must show
     )
 
 
@@ -82,6 +93,7 @@ def _grouped_attention(draw: random.Random, family: str, heads: int) -> dict[str
         rms_norm_eps=draw.choice((1e-6, 1e-5)),
         attention_bias=family != "mixtral" and draw.random() < 0.5,
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
+        clip_qkv=draw.choice((None, None, 0.3, 1.0)) if family == "olmoe" else None,  # at times most entries
     )
 
 

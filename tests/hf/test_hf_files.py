@@ -135,21 +135,6 @@ def test_absent_fields_mean_what_transformers_takes_them_for(family: str) -> Non
     assert table == {name: getattr(theirs, name) for name in table}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rope_as_it_was_written_before(seed: int, draw: Draw, tmp_path: Path) -> None:
-    """rope_theta and rope_scaling, with `type` for `rope_type`, as in most files on the hub."""
-    yarn = dict(rope_factor=4.0, rope_original_max_position_embeddings=16, rope_theta=5e5)
-    ours = draw("deepseek_v3", seed, **yarn)
-    moe.hf.save(ours, tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    rope = config.pop("rope_parameters")
-    rope["type"] = rope.pop("rope_type")
-    config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
-    file.write_text(json.dumps(config))
-    assert moe.hf.load(tmp_path).config == ours.config
-
-
 def test_greedy_v2_ignores_groups(draw: Draw, tmp_path: Path) -> None:
     """A file may give groups beside topk_method greedy; transformers then ignores them, and so do we."""
     ours = draw("deepseek_v2", topk_method="greedy", n_group=1, topk_group=1)

@@ -13,9 +13,12 @@ MLA = ModelConfig(
     kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, n_routed_experts=6, n_shared_experts=1,
     num_experts_per_tok=2, moe_intermediate_size=12, first_k_dense_replace=1,
 )  # fmt: skip
-YARN = MLA.replace(rope_factor=4.0, rope_original_max_position_embeddings=8, rope_mscale=1.0, rope_mscale_all_dim=1.0)
+YARN = MLA.replace(
+    rope_type="yarn", rope_factor=4.0, rope_original_max_position_embeddings=8, rope_mscale=1.0, rope_mscale_all_dim=1.0
+)
 GQA = MLA.replace(attention="gqa", num_key_value_heads=1, qk_norm="head")
-CASES = {"mla": MLA, "mla-yarn": YARN, "gqa": GQA, "mla-dense": MLA.dense_twin()}
+LLAMA3 = GQA.replace(rope_type="llama3", rope_factor=4.0, rope_original_max_position_embeddings=8, clip_qkv=0.5)
+CASES = {"mla": MLA, "mla-yarn": YARN, "gqa": GQA, "gqa-llama3-clipped": LLAMA3, "mla-dense": MLA.dense_twin()}
 
 
 def _model(config: ModelConfig) -> Transformer:

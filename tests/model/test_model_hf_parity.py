@@ -28,11 +28,13 @@ def _hf_name(name: str) -> str:
 
 
 def _rope(config: ModelConfig) -> dict[str, object]:
-    if config.rope_factor == 1.0:
-        return {"rope_type": "default", "rope_theta": config.rope_theta}
-    names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    yarn = {name: getattr(config, f"rope_{name}") for name in names}
-    return {"rope_type": "yarn", "rope_theta": config.rope_theta, **{k: v for k, v in yarn.items() if v}}
+    names = {
+        "default": (),
+        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    }[config.rope_type]
+    given = {name: getattr(config, f"rope_{name}") for name in names}
+    return {"rope_type": config.rope_type, "rope_theta": config.rope_theta, **{k: v for k, v in given.items() if v}}
 
 
 def _deepseek_v3(config: ModelConfig) -> nn.Module:
@@ -73,13 +75,16 @@ def _qwen3(config: ModelConfig) -> nn.Module:
 
 
 MOE_MODEL = ModelConfig(**COMMON, **MLA, **MOE, first_k_dense_replace=1, routed_scaling_factor=2.5)
-YARN = dict(rope_factor=8.0, rope_original_max_position_embeddings=16, rope_beta_fast=4.0, rope_theta=500.0)
+STRETCHED = dict(rope_factor=8.0, rope_original_max_position_embeddings=16, rope_theta=500.0)
+YARN = dict(**STRETCHED, rope_type="yarn", rope_beta_fast=4.0)
+LLAMA3 = dict(**STRETCHED, rope_type="llama3", rope_low_freq_factor=0.5, rope_high_freq_factor=2.0)
 CASES: dict[str, tuple[ModelConfig, Callable[[ModelConfig], nn.Module]]] = {
     "deepseek-v3": (MOE_MODEL, _deepseek_v3),
     "deepseek-v3-groups": (MOE_MODEL.replace(n_group=4, topk_group=2), _deepseek_v3),
     "deepseek-v3-q-lora-biases": (MOE_MODEL.replace(q_lora_rank=16, attention_bias=True), _deepseek_v3),
     "deepseek-v3-yarn": (MOE_MODEL.replace(**YARN, rope_mscale=1.0, rope_mscale_all_dim=0.7), _deepseek_v3),
     "llama-yarn": (ModelConfig(**COMMON, **YARN, attention="gqa"), _llama),
+    "llama-3.1": (ModelConfig(**COMMON, **LLAMA3, attention="gqa"), _llama),
     "deepseek-v3-dense-twin": (MOE_MODEL.dense_twin(), _deepseek_v3),
     "llama": (ModelConfig(**COMMON, attention="gqa", num_key_value_heads=2), _llama),
     "llama-tied": (ModelConfig(**COMMON, attention="gqa", tie_word_embeddings=True, attention_bias=True), _llama),
