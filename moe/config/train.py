@@ -34,6 +34,9 @@ class DataConfig(Section):
     validation_fraction: float = setting(
         0.05, above=0, below=1, doc="share of the files kept for validation (stdlib keeps its own fixed list)"
     )
+    mask_documents: bool = setting(
+        False, doc="tokens attend to their own document alone; false as DeepSeek-V3, which packs without a mask"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,12 @@ class TrainConfig(Section):
     seq_len: int = setting(256, at_least=2, doc="tokens a sequence")
     precision: Literal["fp32", "bf16"] = setting("fp32", doc="dtype of matrix products; master weights stay fp32")
     compile: bool = setting(False, doc="torch.compile the model")
+    recompute_layers: int = setting(
+        0, at_least=0, doc="layers, from the first, whose activations are computed again instead of kept"
+    )
+    mtp_loss_weight: float = setting(
+        0.3, at_least=0, doc="weight of multi-token prediction's loss; DeepSeek-V3 ends with 0.1"
+    )
     resume: str = setting("auto", doc="auto: go on from the newest whole checkpoint; never: a new run; or a checkpoint")
     eval_every_tokens: int = setting(100_000, at_least=1, doc="tokens between evaluations; one is made at the end too")
     eval_sequences: int | None = setting(None, at_least=1, doc="validation sequences an evaluation; none for all")
@@ -135,6 +144,12 @@ class Recipe:
                 "seq_len",
                 f"exceeds model.max_position_embeddings ({self.model.max_position_embeddings}); raise that too",
             )
+        depths = self.model.num_nextn_predict_layers
+        if self.train.seq_len < depths + 2:
+            self.train.fail("seq_len", f"leaves {depths} predicted tokens no room: make it at least {depths + 2}")
+        layers = self.model.num_hidden_layers + depths
+        if self.train.recompute_layers > layers:
+            self.train.fail("recompute_layers", f"exceeds the model's layers: at most {layers}")
         self.balance.check_contradictions()
         if self.model.is_moe:
             self._check_routers()

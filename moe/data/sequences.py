@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe.errors import ConfigError
 
-__all__ = ["Sequences"]
+__all__ = ["Sequences", "document_ids"]
 
 
 class Sequences:
@@ -44,3 +44,9 @@ class Sequences:
             self._order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(self.count)
             self._epoch = epoch
         return int(self._order[place])
+
+
+def document_ids(ids: Tensor, end_token: int) -> Tensor:
+    """Number of the document each token of a sequence lies in, (B, S): a document ends with its `end_token`."""
+    ends = (ids == end_token).long()
+    return ends.cumsum(1) - ends

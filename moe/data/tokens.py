@@ -41,6 +41,7 @@ class TokenData:
     train: NDArray[np.int32]
     validation: NDArray[np.int32]
     facts: DataFacts
+    end_token: int
 
 
 def prepare(corpus: Corpus, tokenizer_file: Path, vocab_size: int) -> TokenData:
@@ -52,7 +53,10 @@ def prepare(corpus: Corpus, tokenizer_file: Path, vocab_size: int) -> TokenData:
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
         raise DataError(f"model.vocab_size={vocab_size} but {tokenizer_file} has {found} tokens; make them equal")
-    train, validation = _encode(tokenizer, corpus.train), _encode(tokenizer, corpus.validation)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise DataError(f"the tokenizer has no {END_OF_TEXT} token; delete tokenizer.json to train it again")
+    train, validation = _encode(tokenizer, corpus.train, end), _encode(tokenizer, corpus.validation, end)
     facts = DataFacts(
         source=corpus.source,
         corpus_sha256=corpus.sha256,
@@ -64,7 +68,7 @@ def prepare(corpus: Corpus, tokenizer_file: Path, vocab_size: int) -> TokenData:
         validation_tokens=len(validation),
         validation_bytes=sum(len(text.encode()) for text in corpus.validation),
     )
-    return TokenData(train, validation, facts)
+    return TokenData(train, validation, facts, end)
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, file: Path) -> None:
@@ -88,10 +92,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, file: Path) -> None:
     aside.replace(file)
 
 
-def _encode(tokenizer: Tokenizer, texts: tuple[str, ...]) -> NDArray[np.int32]:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-        raise DataError(f"the tokenizer has no {END_OF_TEXT} token; delete tokenizer.json to train it again")
+def _encode(tokenizer: Tokenizer, texts: tuple[str, ...], end: int) -> NDArray[np.int32]:
     ids: list[NDArray[np.int32]] = []
     for encoding in tokenizer.encode_batch_fast(list(texts)):
         ids.append(np.asarray([*encoding.ids, end], dtype=np.int32))

@@ -116,6 +116,7 @@ def _loop(
     if start.checkpoint:
         load_checkpoint(start.checkpoint, model, optimizer)
         _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
+    model.recompute(recipe.train.recompute_layers)
     if recipe.train.compile:
         model.compile()
     balancer = Balancer(model, **recipe.balance.to_dict())

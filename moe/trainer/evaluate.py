@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe.balancer import LoadCounter
 from moe.data import Sequences
+from moe.data.sequences import document_ids
 from moe.data.tokens import DataFacts
 from moe.parallel import ranks
 from moe.parallel.engine import Engine
@@ -17,12 +18,19 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: nn.Module, engine: Engine, sequences: Sequences, facts: DataFacts, *, count: int, batch_size: int
+    model: nn.Module,
+    engine: Engine,
+    sequences: Sequences,
+    facts: DataFacts,
+    *,
+    count: int,
+    batch_size: int,
+    end_token: int | None = None,
 ) -> dict[str, float]:
     """Metrics `eval/*` over the first `count` sequences, split between the ranks; every rank gets the same numbers.
 
     `eval/loss` is nats per token; `eval/loss_se` the standard error of its mean over sequences; `eval/max_vio` that of
-    the worst layer over all tokens evaluated.
+    the worst layer over all tokens evaluated. With `end_token` tokens attend to their own document alone.
     """
     mine = range(ranks.rank() * count // engine.ranks, (ranks.rank() + 1) * count // engine.ranks)
     sums = torch.zeros(3, dtype=torch.float64)  # sequences, their mean losses, the squares of those
@@ -31,7 +39,7 @@ def evaluate(
             size = min(batch_size, mine.stop - first)
             ids = engine.to_device(sequences.batch(first, size))
             with engine.autocast():
-                losses = _sequence_losses(model, ids).double().cpu()
+                losses = _sequence_losses(model, ids, end_token).double().cpu()
             sums += torch.stack((torch.tensor(float(size)), losses.sum(), (losses**2).sum()))
         load = counter.load()
     number, total, squares = ranks.sum_numbers(sums.tolist(), engine.device)
@@ -50,9 +58,9 @@ def evaluate(
     return metrics
 
 
-def _sequence_losses(model: nn.Module, ids: Tensor) -> Tensor:
+def _sequence_losses(model: nn.Module, ids: Tensor, end_token: int | None) -> Tensor:
     """Mean next-token loss of each sequence, (B,), in fp32; sequence by sequence, for the head's memory."""
-    out = model(ids)
+    out = model(ids, document_ids=None if end_token is None else document_ids(ids, end_token))
     losses = [out.head(hidden[:-1], tokens[1:]) for hidden, tokens in zip(out.hidden, ids, strict=True)]
     return torch.stack(losses) / (ids.shape[1] - 1)
 

@@ -2,7 +2,8 @@
 
 A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward, their loss weighted so
 that gradients are those of the whole global batch's mean; gradients are clipped; AdamW steps; the balancer moves the
-expert biases. Balance losses are added for the backward only: train/loss is cross-entropy alone.
+expert biases. Balance losses and multi-token prediction's are added for the backward only: train/loss is cross-entropy
+alone.
 The meter is told at each turn what the process is doing, and never waits for a GPU.
 """
 
@@ -20,6 +21,7 @@ from moe.balancer import Balancer, Load
 from moe.checkpoint import prune, save_checkpoint
 from moe.config import Recipe
 from moe.data import Sequences, TokenData
+from moe.data.sequences import document_ids
 from moe.errors import TrainingError
 from moe.model import Transformer
 from moe.optim import learning_rate, set_learning_rate
@@ -64,6 +66,7 @@ class Loop:
         self.model, self.wrapped, self.optimizer, self.balancer = model, wrapped, optimizer, balancer
         self.meter, self.tracking, self.stop = meter, tracking, stop
         self.facts = data.facts
+        self.end_token = data.end_token if recipe.data.mask_documents else None
         train = recipe.train
         self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
         self.eval_sequences = Sequences(data.validation, train.seq_len, None)
@@ -98,9 +101,9 @@ class Loop:
             self.meter.progress(step, step * self.tokens_per_step)
             logged = step % train.log_every_steps == 0 or step == train.max_steps
             if logged:
-                loss, balance_loss, _ = totals.tolist()
+                loss, *added, _ = totals.tolist()
                 cost = self.meter.cost()
-                self._log(step, loss, balance_loss, norm, load, cost, rate.stop(step))
+                self._log(step, loss, added, norm, load, cost, rate.stop(step))
                 progress.set_postfix_str(_postfix(loss, metrics, cost), refresh=False)
                 if _spent(cost, train.max_kwh, train.max_device_hours):
                     reason = "budget"
@@ -119,8 +122,8 @@ class Loop:
     def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
         """One optimizer step.
 
-        Returns three totals over the ranks in one tensor (the global batch's loss, its balance loss, how many ranks
-        were asked to stop), the gradient's norm, and the experts' load.
+        Returns four totals over the ranks in one tensor (the global batch's loss, its balance loss, multi-token
+        prediction's, how many ranks were asked to stop), the gradient's norm, and the experts' load.
         """
         self.meter.phase("data")
         batch = self.recipe.train.global_batch_size
@@ -133,17 +136,21 @@ class Loop:
         weight = 1 / (self.engine.ranks * self.accumulation)
 
         self.meter.phase("forward_backward")
-        totals = torch.zeros(3, device=self.engine.device)
-        totals[2] = float(bool(self.stop))
+        totals = torch.zeros(4, device=self.engine.device)
+        totals[3] = float(bool(self.stop))
         for number, cpu_ids in enumerate(batches):
             ids = self.engine.to_device(cpu_ids)
             with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
+                documents = None if self.end_token is None else document_ids(ids, self.end_token)
                 with self.engine.autocast():
-                    out = self.wrapped(ids, labels=ids)
-                balance_loss = out.loss.new_zeros(()) if out.balance_loss is None else out.balance_loss
+                    out = self.wrapped(ids, labels=ids, document_ids=documents)
+                none = out.loss.new_zeros(())
+                balance_loss = none if out.balance_loss is None else out.balance_loss
+                mtp_loss = none if out.mtp_loss is None else out.mtp_loss
+                objective = out.loss + balance_loss + self.recipe.train.mtp_loss_weight * mtp_loss
                 # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
-                ((out.loss + balance_loss) / self.accumulation).backward()
-            totals[:2] += torch.stack((out.loss.detach(), balance_loss.detach())) * weight
+                (objective / self.accumulation).backward()
+            totals[:3] += torch.stack((out.loss.detach(), balance_loss.detach(), mtp_loss.detach())) * weight
 
         self.meter.phase("optimizer")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
@@ -159,12 +166,15 @@ class Loop:
         if self.engine.ranks == 1:
             return bool(self.stop)
         before, self._totals_before = self._totals_before, totals
-        return before is not None and float(before[2]) > 0
+        return before is not None and float(before[3]) > 0
 
     def _log(
-        self, step: int, loss: float, balance_loss: float, norm: Tensor, load: Load, cost: Cost, rate: float
+        self, step: int, loss: float, added: list[float], norm: Tensor, load: Load, cost: Cost, rate: float
     ) -> None:
-        """Write a metrics row. Raises TrainingError when loss or gradient are not finite."""
+        """Write a metrics row; `added`: balance loss and multi-token prediction's.
+
+        Raises TrainingError when loss or gradient are not finite.
+        """
         self._check_finite(step)
         row: dict[str, Any] = {
             "train/step": step,
@@ -178,7 +188,9 @@ class Loop:
             "efficiency/tokens_per_s": rate,
         }
         if self.recipe.balance.has_losses and self.recipe.model.is_moe:
-            row["train/balance_loss"] = balance_loss
+            row["train/balance_loss"] = added[0]
+        if self.recipe.model.num_nextn_predict_layers:
+            row["train/mtp_loss"] = added[1]
         row |= load.metrics()
         if self.recipe.model.has_expert_bias:
             row["router/bias_range"] = self.balancer.bias_range()
@@ -210,6 +222,7 @@ class Loop:
             self.facts,
             count=min(max(wanted, self.engine.ranks), len(self.eval_sequences)),
             batch_size=self.micro_batch,
+            end_token=self.end_token,
         )
         # the row's clock is what `moe compare` looks up in the ledger: a loss costs its measuring too
         self.tracking.log({"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics})

@@ -25,6 +25,7 @@ _MAY_CHANGE = {
         "max_kwh",
         "max_steps",
         "micro_batch_size",
+        "recompute_layers",
         "resume",
     },
     "tracking": {"trackers", "project"},

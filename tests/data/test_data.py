@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from moe.config import DataConfig
 from moe.data import Corpus, Sequences, load_corpus, prepare
+from moe.data.sequences import document_ids
 from moe.data.stdlib import TRAIN_MODULES, VALIDATION_MODULES
 from moe.data.tokens import END_OF_TEXT, train_tokenizer
 from moe.errors import ConfigError, DataError
@@ -114,3 +115,9 @@ def test_bad_data_is_one_sentence(tmp_path: Path) -> None:
         prepare(tiny, tmp_path / "bad.json", 300)
     with pytest.raises(ConfigError, match=r"train\.seq_len=64 exceeds the data \(10 tokens\)"):
         Sequences(np.arange(10, dtype=np.int32), 64, seed=0)
+
+
+def test_a_document_ends_with_its_end_token() -> None:
+    """The end token belongs to the document it ends; two in a row are an empty document."""
+    ids = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 1, 1, 1, 1, 1]])
+    assert document_ids(ids, 0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
