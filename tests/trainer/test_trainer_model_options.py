@@ -38,7 +38,6 @@ def test_two_ranks_train_as_one_and_recomputation_changes_nothing(place: Place) 
 
 def test_the_weight_of_further_tokens_is_the_recipes(place: Place) -> None:
     """Weight 0 leaves the modules as they were; the run's loss is the one without modules."""
-    names = ("none", "some")
     done = place.python("run.name=none", *WORDS, "train.mtp_loss_weight=0", "optim.weight_decay=0")
     assert done.returncode == 0, done.stderr
     done = place.python("run.name=some", *WORDS)
