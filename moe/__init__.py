@@ -16,6 +16,8 @@ _EXPORTS = {
     "ModelConfig": "moe.config",
     "ModelOutput": "moe.model",
     "Recipe": "moe.config",
+    "RouteRecorder": "moe.replay",
+    "RouteReplay": "moe.replay",
     "Transformer": "moe.model",
 }
 _MODULES = (
@@ -32,6 +34,7 @@ _MODULES = (
     "layers",
     "model",
     "optim",
+    "replay",
     "rundir",
     "trainer",
 )

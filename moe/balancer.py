@@ -22,10 +22,12 @@ class Load:
     """Load of each router over some tokens: name to `tokens_per_expert` (E,), summed over all ranks.
 
     `confidence`: name to the mean weight, before scaling, of the tokens' first choice; for routers that record it.
+    `null_experts`: name to how many of the last experts compute nothing, for routers that have such.
     """
 
     tokens_per_expert: dict[str, Tensor]
     confidence: dict[str, Tensor] = field(default_factory=dict)
+    null_experts: dict[str, int] = field(default_factory=dict)
 
     def max_vio(self) -> dict[str, float]:
         """Per router, (largest - mean) / mean."""
@@ -36,9 +38,19 @@ class Load:
         return _numbers({name: balance.entropy(load) for name, load in self.tokens_per_expert.items()})
 
     def dead_experts(self) -> dict[str, int]:
-        """Per router, experts without a token."""
-        dead = _numbers({name: (load == 0).sum() for name, load in self.tokens_per_expert.items()})
+        """Per router, experts without a token; null ones have nothing to die of."""
+        dead = _numbers({name: (self._real(name) == 0).sum() for name in self.tokens_per_expert})
         return {name: int(number) for name, number in dead.items()}
+
+    def computed_share(self) -> float:
+        """Share of all choices that fell on real experts: 1 without null experts, or without any choice."""
+        real = sum(int(self._real(name).sum()) for name in self.tokens_per_expert)
+        every = sum(int(load.sum()) for load in self.tokens_per_expert.values())
+        return real / every if every else 1.0
+
+    def _real(self, name: str) -> Tensor:
+        load = self.tokens_per_expert[name]
+        return load[: len(load) - self.null_experts.get(name, 0)]
 
     def metrics(self) -> dict[str, float]:
         """`router/*` as the trainer logs them: the worst layer's MaxVio and entropy, each layer's MaxVio, all dead."""
@@ -50,6 +62,8 @@ class Load:
             "router/entropy": min(self.entropy().values()),
             "router/dead_experts": sum(self.dead_experts().values()),
         }
+        if self.null_experts:
+            row["router/computed_share"] = self.computed_share()
         if self.confidence:
             row["router/confidence"] = sum(_numbers(self.confidence).values()) / len(self.confidence)
         return row | {f"router/max_vio/{_layer(name)}": value for name, value in max_vio.items()}
@@ -169,7 +183,7 @@ class Balancer:
             name: total[0] * self._top_k(name) / (_FIXED_POINT * counts[name].sum())
             for name, total in first.items()
         }
-        return Load(counts, confidence), margins
+        return Load(counts, confidence, _null_experts(self._routers)), margins
 
     def _top_k(self, name: str) -> int:
         router = self._routers[name]
@@ -200,7 +214,7 @@ class LoadCounter:
 
     def load(self) -> Load:
         """What was counted, summed over ranks; every rank must call it."""
-        return Load(_sum_over_ranks(self._counts)[0])
+        return Load(_sum_over_ranks(self._counts)[0], null_experts=_null_experts(self._routers))
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def count(_module: nn.Module, _args: object, route) -> None:  # type: ignore[no-untyped-def]
@@ -208,6 +222,10 @@ class LoadCounter:
             self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
         return count
+
+
+def _null_experts(routers: dict[str, nn.Module]) -> dict[str, int]:
+    return {name: m.n_null_experts for name, m in routers.items() if isinstance(m, Router) and m.n_null_experts}
 
 
 def _sum_over_ranks(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -25,7 +25,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.layers"},),
     ({"moe.cache", "moe.generate"},),  # below the model, whose generate() is a method
     ({"moe.model"},),
-    ({"moe.balancer", "moe.data", "moe.optim", "moe.schedule", "moe.checkpoint"},),
+    ({"moe.balancer", "moe.data", "moe.optim", "moe.replay", "moe.schedule", "moe.checkpoint"},),
     ({"moe.parallel.engine", "moe.tracking"},),
     ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}),
     ({"moe.cli"},),

@@ -43,16 +43,18 @@ def expert_mlp(
     topk_weight_TK: Tensor,
     *,
     tokens_per_expert: Tensor | None = None,
+    null_experts: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """y_TD: every token through its K experts, summed with its weights. Dropless; no host synchronisation on CUDA.
 
     x_TD: fp32, bf16 or fp16. gate_up_EFD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). topk_index_TK: integers in
-    [0, E). topk_weight_TK: fp32. tokens_per_expert: counts of topk_index_TK when the router has them; else counted.
+    [0, E + null_experts). topk_weight_TK: fp32. tokens_per_expert: counts of topk_index_TK when the router has them;
+    else counted. null_experts: how many numbers from E on stand for no expert: they add nothing and cost no product.
     Differentiable in x, both weights and topk_weight. Under autocast it computes in the autocast dtype, and gradients
     of fp32 parameters are fp32.
     """
-    _check(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert)
+    _check(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts)
     device_type = x_TD.device.type
     if torch.is_autocast_enabled(device_type):
         x_TD = x_TD.to(torch.get_autocast_dtype(device_type))
@@ -62,10 +64,14 @@ def expert_mlp(
             "cast them to one dtype or run under torch.autocast"
         )
     backend = resolve(backend, x_TD.device)
-    return _expert_mlp(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, backend)[0]
+    return _expert_mlp(
+        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, backend
+    )[0]
 
 
-def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None) -> None:
+def _check(
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, null_experts: int
+) -> None:
     if x.dim() != 2:
         raise KernelError(f"x_TD has {x.dim()} dimensions: flatten it to (tokens, model)")
     n_experts, width = down.shape[0], x.shape[1]
@@ -80,24 +86,41 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tens
             f"topk_index_TK {tuple(index.shape)} and topk_weight_TK {tuple(weight.shape)} must both be "
             f"({x.shape[0]}, top_k)"
         )
-    if counts is not None and counts.shape != (n_experts,):
-        raise KernelError(f"tokens_per_expert has shape {tuple(counts.shape)}: give ({n_experts},)")
+    if counts is not None and counts.shape != (n_experts + null_experts,):
+        raise KernelError(f"tokens_per_expert has shape {tuple(counts.shape)}: give ({n_experts + null_experts},)")
 
 
 # by backend
 
 
 def _forward(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor | None,
+    null_experts: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    top_k = index.shape[1]
-    order, offsets = sort_rows(index, gate_up.shape[0], counts, backend)
+    n_experts, top_k = gate_up.shape[0], index.shape[1]
+    order, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
+    offsets = offsets[: n_experts + 1].clone()  # null experts come last: their rows lie behind every group
     rows = x.index_select(0, order // top_k)
-    h = gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend)
+    h = _clear_nulls(gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend), offsets, null_experts)
     del rows
     wa = swiglu_forward(h, weight.float().flatten().index_select(0, order), backend)
     out = gemm_forward(wa, down.to(x.dtype).contiguous(), offsets, backend)
-    return sum_slots(out, order, top_k, backend), h, order, offsets
+    return sum_slots(_clear_nulls(out, offsets, null_experts), order, top_k, backend), h, order, offsets
+
+
+def _clear_nulls(rows: Tensor, offsets: Tensor, null_experts: int) -> Tensor:
+    """`rows` with those behind the last group set to 0: no product has written them. In place; no sync on CUDA."""
+    if null_experts and rows.device.type == "cpu":
+        rows[int(offsets[-1]) :] = 0
+    elif null_experts:
+        rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= offsets[-1]).unsqueeze(1), 0)
+    return rows
 
 
 def _backward_parts(
@@ -110,13 +133,14 @@ def _backward_parts(
     order: Tensor,
     offsets: Tensor,
     need: list[bool],
+    null_experts: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_x, need_gate_up, need_down, _ = need
     top_k = weight.shape[1]
     token = order // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
-    q = gemm_dgrad(dy_rows, down.to(x.dtype).contiguous(), offsets, backend)
+    q = _clear_nulls(gemm_dgrad(dy_rows, down.to(x.dtype).contiguous(), offsets, backend), offsets, null_experts)
     dh, wa, dw_rows = swiglu_backward(q, h, weight.float().flatten().index_select(0, order), backend)
     del q
     d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, backend) if need_down else down.new_empty(0)
@@ -129,7 +153,7 @@ def _backward_parts(
     d_x = x.new_empty(0)
     if need_x:
         d_rows = gemm_dgrad(dh, gate_up.to(x.dtype).contiguous(), offsets, backend)
-        d_x = sum_slots(d_rows, order, top_k, backend)
+        d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), order, top_k, backend)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 
@@ -138,15 +162,29 @@ def _backward_parts(
 
 @torch.library.custom_op("moe_kernels::expert_mlp", mutates_args=())
 def _expert_mlp(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor | None,
+    null_experts: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, h, order, offsets); weights are cast to x's dtype and only the originals are kept."""
-    return _forward(x, gate_up, down, index, weight, counts, backend)
+    return _forward(x, gate_up, down, index, weight, counts, null_experts, backend)
 
 
 @_expert_mlp.register_fake
 def _(
-    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, counts: Tensor | None, backend: str
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    counts: Tensor | None,
+    null_experts: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = index.numel()
     return (
@@ -168,10 +206,11 @@ def _expert_mlp_backward(
     order: Tensor,
     offsets: Tensor,
     need: list[bool],
+    null_experts: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
-    return _backward_parts(dy, x, gate_up, down, weight, h, order, offsets, need, backend)
+    return _backward_parts(dy, x, gate_up, down, weight, h, order, offsets, need, null_experts, backend)
 
 
 @_expert_mlp_backward.register_fake
@@ -185,6 +224,7 @@ def _(
     order: Tensor,
     offsets: Tensor,
     need: list[bool],
+    null_experts: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -196,22 +236,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gate_up, down, _, weight, _, backend = inputs
+    x, gate_up, down, _, weight, _, null_experts, backend = inputs
     _, h, order, offsets = output
     ctx.mark_non_differentiable(h, order, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weight, h, order, offsets)
-    ctx.backend = backend
+    ctx.constants = (null_experts, backend)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x_needed, gate_up_needed, down_needed, _, weight_needed = ctx.needs_input_grad[:5]
     need = [x_needed, gate_up_needed, down_needed, weight_needed]
-    grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, ctx.backend)
+    grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, *ctx.constants)
     d_x, d_gate_up, d_down, d_weight = (g if needed else None for g, needed in zip(grads, need, strict=True))
-    return d_x, d_gate_up, d_down, None, d_weight, None, None
+    return d_x, d_gate_up, d_down, None, d_weight, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -228,7 +268,7 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
     gate_up = side.leaf(torch.randn(E, 2 * F, D, generator=g) / D**0.5)
     down = side.leaf(torch.randn(E, D, F, generator=g) / F**0.5)
     weight = torch.rand(T, K, generator=g).to(side.device).requires_grad_()  # fp32 on both sides
-    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, side.backend)
+    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, 0, side.backend)
     y.backward(side.put(torch.randn(T, D, generator=g)), inputs=[x, gate_up, down, weight])
     return {"y": y, "dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
 

@@ -55,19 +55,27 @@ def topk_route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
+    chosen_TK: Tensor | None = None,
     backend: str | None = None,
 ) -> RouteResult:
     """Route each token to `top_k` experts.
 
     logits_TE: router logits, any float dtype; scores are computed in fp32. expert_bias_E: added for selection only.
-    Gradients reach the logits through `topk_weight_TK` and `scores_TE`, never the bias. No host sync on CUDA.
+    chosen_TK: int64 choices of an earlier call, different experts for a token, to be taken instead of the largest; the
+    weights are still those of these logits. Gradients reach the logits through `topk_weight_TK` and `scores_TE`, never
+    the bias. No host sync on CUDA.
     """
     _check(logits_TE, expert_bias_E, top_k, score_func, topk_method, n_group, topk_group)
+    if chosen_TK is not None and (chosen_TK.shape != (len(logits_TE), top_k) or chosen_TK.dtype != torch.int64):
+        raise KernelError(
+            f"chosen_TK is {tuple(chosen_TK.shape)} {chosen_TK.dtype}: give ({len(logits_TE)}, {top_k}) torch.int64"
+        )
     if topk_method == "greedy":
         n_group = topk_group = 1
     weight, scores, index, counts = _topk_route(
         logits_TE,
         None if expert_bias_E is None else expert_bias_E.detach(),
+        chosen_TK,
         top_k,
         score_func,
         topk_method,
@@ -110,6 +118,7 @@ def _check(
 def _topk_route(
     logits: Tensor,
     bias: Tensor | None,
+    chosen: Tensor | None,
     top_k: int,
     score_func: str,
     topk_method: str,
@@ -120,7 +129,7 @@ def _topk_route(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return route_forward(
-        logits, bias, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale, backend
+        logits, bias, chosen, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale, backend
     )
 
 
@@ -128,6 +137,7 @@ def _topk_route(
 def _(
     logits: Tensor,
     bias: Tensor | None,
+    chosen: Tensor | None,
     top_k: int,
     score_func: str,
     topk_method: str,
@@ -175,7 +185,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, _, score_func, _, _, _, norm_topk_prob, scale, backend = inputs
+    logits, _, _, _, score_func, _, _, _, norm_topk_prob, scale, backend = inputs
     _, scores, index, counts = output
     ctx.mark_non_differentiable(index, counts)
     ctx.set_materialize_grads(False)
@@ -191,10 +201,10 @@ def _backward(
     *unused: Tensor | None,
 ) -> tuple:
     if g_weight is None and g_scores is None:
-        return (None,) * 10
+        return (None,) * 11
     index, scores = ctx.saved_tensors
     d_logits = _topk_route_backward(g_weight, g_scores, scores, index, *ctx.constants)
-    return d_logits.to(ctx.logits_dtype), *(None,) * 9
+    return d_logits.to(ctx.logits_dtype), *(None,) * 10
 
 
 _topk_route.register_autograd(_backward, setup_context=_setup_context)
@@ -210,10 +220,12 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
     g_weight, g_scores = side.put(torch.randn(T, K, generator=g)), side.put(torch.randn(T, E, generator=g))
     # Sums of a group's scores may differ in the last bit between devices, so the bias keeps groups apart.
     bias = side.put(torch.arange(E) // 3 * 2.0)
+    chosen = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)]).to(side.device)
     results: dict[str, Tensor | None] = {}
     for case, given in {
-        "greedy": (None, K, "sigmoid", "greedy", 1, 1, True, 1.0),
-        "noaux_tc": (bias, K, "softmax", "noaux_tc", 4, 2, False, 2.5),
+        "greedy": (None, None, K, "sigmoid", "greedy", 1, 1, True, 1.0),
+        "noaux_tc": (bias, None, K, "softmax", "noaux_tc", 4, 2, False, 2.5),
+        "chosen": (bias, chosen, K, "sigmoid", "noaux_tc", 4, 2, True, 2.5),
     }.items():
         logits = side.leaf(values)
         weight, scores, index, counts = _topk_route(logits, *given, side.backend)

@@ -52,6 +52,7 @@ def _mask_losing_groups(biased: Tensor, topk_method: str, n_group: int, topk_gro
 def _forward_torch(
     logits: Tensor,
     bias: Tensor | None,
+    chosen: Tensor | None,
     top_k: int,
     score_func: str,
     topk_method: str,
@@ -62,10 +63,13 @@ def _forward_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_experts = logits.shape[1]
     scores = logits.float().sigmoid() if score_func == "sigmoid" else logits.float().softmax(-1)
-    biased = scores if bias is None else scores + bias.float()
-    if n_group > topk_group:
-        biased = _mask_losing_groups(biased, topk_method, n_group, topk_group)
-    index = _select(biased, top_k)
+    if chosen is None:
+        biased = scores if bias is None else scores + bias.float()
+        if n_group > topk_group:
+            biased = _mask_losing_groups(biased, topk_method, n_group, topk_group)
+        index = _select(biased, top_k)
+    else:
+        index = chosen.clone()  # a library op may not return what it was given
     weight = scores.gather(1, index)
     if norm_topk_prob:
         weight = weight / (weight.sum(-1, keepdim=True) + EPS)
@@ -93,6 +97,7 @@ def unique_key(value, position):
 def topk_route_kernel(
     p_logits,
     p_bias,
+    p_chosen,
     p_index,
     p_weight,
     p_scores,
@@ -106,6 +111,7 @@ def topk_route_kernel(
     GROUP_SIZE: tl.constexpr,
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CHOSEN: tl.constexpr,
     GROUP_TOP2: tl.constexpr,
     NORMALISE: tl.constexpr,
     BT: tl.constexpr,
@@ -141,7 +147,7 @@ def topk_route_kernel(
         biased += tl.load(p_bias + expert, mask=real, other=0.0).to(tl.float32)
     key = tl.where(real, unique_key(biased, expert), USED)
 
-    if TOPK_GROUP < N_GROUP:
+    if TOPK_GROUP < N_GROUP and not CHOSEN:
         biased_TGS = tl.reshape(tl.where(real, biased, float("-inf")), (BT, BG, BS))
         group_score = tl.max(biased_TGS, 2)
         if GROUP_TOP2:
@@ -159,10 +165,15 @@ def topk_route_kernel(
     index = tl.zeros((BT, BK), tl.int64)
     weight = tl.zeros((BT, BK), tl.float32)
     for k in tl.static_range(K):
-        best = tl.max(key, 1)
-        taken = key == best[:, None]
+        if CHOSEN:
+            best = tl.load(p_chosen + o_t.to(tl.int64) * K + k, mask=m_t, other=0)
+            taken = live & (expert == best.to(tl.int32)[:, None])
+        else:
+            largest = tl.max(key, 1)
+            taken = key == largest[:, None]
+            best = 0x7FFFFFFF - (largest & 0xFFFFFFFF)
         here = (o_k == k)[None, :]
-        index = tl.where(here, (0x7FFFFFFF - (best & 0xFFFFFFFF))[:, None], index)
+        index = tl.where(here, best[:, None], index)
         weight = tl.where(here, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weight)
         key = tl.where(taken, USED, key)
     if NORMALISE:
@@ -188,6 +199,7 @@ def tokens_per_program(width: int) -> int:
 def _forward_triton(
     logits: Tensor,
     bias: Tensor | None,
+    chosen: Tensor | None,
     top_k: int,
     score_func: str,
     topk_method: str,
@@ -211,6 +223,7 @@ def _forward_triton(
         topk_route_kernel[(triton.cdiv(n_tokens, block_t),)](
             logits,
             logits if bias is None else bias.contiguous(),
+            index if chosen is None else chosen.contiguous(),
             index,
             weight,
             scores,
@@ -224,6 +237,7 @@ def _forward_triton(
             GROUP_SIZE=group_size,
             SOFTMAX=score_func == "softmax",
             HAS_BIAS=bias is not None,
+            CHOSEN=chosen is not None,
             GROUP_TOP2=topk_method == "noaux_tc" and group_size > 1,
             NORMALISE=norm_topk_prob,
             BT=block_t,
@@ -238,6 +252,7 @@ def _forward_triton(
 def route_forward(
     logits: Tensor,
     bias: Tensor | None,
+    chosen: Tensor | None,
     top_k: int,
     score_func: str,
     topk_method: str,
@@ -249,4 +264,4 @@ def route_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weight fp32, scores fp32, index int64, tokens_per_expert int32) by the given backend."""
     run = _forward_triton if backend == "triton" else _forward_torch
-    return run(logits, bias, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale)
+    return run(logits, bias, chosen, top_k, score_func, topk_method, n_group, topk_group, norm_topk_prob, scale)

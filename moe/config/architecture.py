@@ -67,6 +67,11 @@ class Architecture(Section):
     n_routed_experts: int = setting(0, at_least=0, doc="routed experts a layer; 0 for a dense model")
     n_shared_experts: int = setting(0, at_least=0, doc="experts every token passes, as one SwiGLU of that many widths")
     num_experts_per_tok: int = setting(0, at_least=0, doc="routed experts a token is sent to (top_k)")
+    n_null_experts: int = setting(
+        0,
+        at_least=0,
+        doc="further choices of the router that compute nothing: a token may use fewer than top_k",
+    )
     moe_intermediate_size: int = setting(0, at_least=0, doc="width of one expert's SwiGLU")
     first_k_dense_replace: int = setting(0, at_least=0, doc="this many first layers are dense")
     score_func: Literal["sigmoid", "softmax"] = setting("sigmoid", doc="how router logits become scores")
@@ -146,6 +151,8 @@ class Architecture(Section):
                 "first_k_dense_replace",
                 f"leaves no layer for the experts: make it less than num_hidden_layers ({self.num_hidden_layers})",
             )
+        if self.n_null_experts and self.n_group > 1:
+            self.fail("n_null_experts", f"are in no group: leave n_group at 1, not {self.n_group}")
         if experts % self.n_group:
             self.fail("n_group", f"must divide n_routed_experts ({experts})")
         if self.topk_group > self.n_group:
@@ -192,9 +199,16 @@ class Architecture(Section):
         return self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
 
     @property
+    def mean_experts_per_tok(self) -> float:
+        """Routed experts a token passes in the mean when load is even: fewer than top_k where some choices are null."""
+        if not self.is_moe:
+            return 0.0
+        return self.num_experts_per_tok * self.n_routed_experts / (self.n_routed_experts + self.n_null_experts)
+
+    @property
     def active_width(self) -> int:
-        """SwiGLU width one token passes in an MoE layer: chosen and shared experts together."""
-        return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size
+        """SwiGLU width one token passes in an MoE layer in the mean: chosen and shared experts together."""
+        return round((self.mean_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size)
 
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed, checked again."""

@@ -24,6 +24,7 @@ def dense_twin(config: _Config, match: Literal["active", "total"]) -> _Config:
         intermediate_size=width,
         n_routed_experts=0,
         n_shared_experts=0,
+        n_null_experts=0,
         num_experts_per_tok=0,
         moe_intermediate_size=0,
         first_k_dense_replace=0,

@@ -16,8 +16,8 @@ MLA_ONLY = frozenset({*_LATENT, "latent_norm_eps"})
 GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm", "clip_qkv"})
 MOE_ONLY = frozenset(
     {
-        "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "score_func",
-        "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+        "n_shared_experts", "n_null_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
+        "score_func", "topk_method", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
     }
 )  # fmt: skip
 

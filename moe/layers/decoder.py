@@ -88,6 +88,7 @@ def _mixture(config: Architecture) -> MoE:
         config.num_experts_per_tok,
         config.moe_intermediate_size,
         config.n_shared_experts,
+        n_null_experts=config.n_null_experts,
         score_func=config.score_func,
         topk_method=config.topk_method,
         n_group=config.n_group,

@@ -14,6 +14,7 @@ class Experts(nn.Module):
     """E SwiGLU networks in Hugging Face's fused layout: `gate_up_proj` (E, 2F, D), `down_proj` (E, D, F).
 
     All experts live in two tensors, so every one of them takes part in every backward pass, with or without tokens.
+    Choices E … E + `n_null_experts` - 1 are of no expert: they add nothing and cost no matrix product.
     """
 
     def __init__(
@@ -22,6 +23,7 @@ class Experts(nn.Module):
         moe_intermediate_size: int,
         n_routed_experts: int,
         *,
+        n_null_experts: int = 0,
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
@@ -29,6 +31,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_routed_experts, hidden_size, moe_intermediate_size))
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
+        self.n_null_experts = n_null_experts
         self.backend = backend
 
     def forward(self, x_TD: Tensor, topk_index_TK: Tensor, topk_weight_TK: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -40,5 +43,6 @@ class Experts(nn.Module):
             topk_index_TK,
             topk_weight_TK,
             tokens_per_expert=tokens_per_expert,
+            null_experts=self.n_null_experts,
             backend=self.backend,
         )

@@ -21,6 +21,7 @@ class MoE(nn.Module):
         num_experts_per_tok: experts K each token is sent to.
         moe_intermediate_size: width F of one expert's SwiGLU.
         n_shared_experts: experts every token passes, computed as one SwiGLU of that many widths.
+        n_null_experts: further choices of the router that compute nothing, so that a token may use fewer than K.
         score_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `moe.ModelConfig`.
         backend: "torch" or "triton" kernels; None chooses by device.
 
@@ -43,6 +44,7 @@ class MoE(nn.Module):
         moe_intermediate_size: int,
         n_shared_experts: int = 0,
         *,
+        n_null_experts: int = 0,
         score_func: Literal["sigmoid", "softmax"] = "sigmoid",
         topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc",
         n_group: int = 1,
@@ -56,6 +58,8 @@ class MoE(nn.Module):
             raise ConfigError(
                 f"num_experts_per_tok={num_experts_per_tok} must be between 1 and n_routed_experts ({n_routed_experts})"
             )
+        if n_null_experts and n_group > 1:
+            raise ConfigError(f"n_null_experts={n_null_experts} are in no group: leave n_group at 1, not {n_group}")
         if n_routed_experts % n_group or not 1 <= topk_group <= n_group:
             raise ConfigError(
                 f"n_group={n_group} must divide n_routed_experts ({n_routed_experts}) "
@@ -65,6 +69,7 @@ class MoE(nn.Module):
             hidden_size,
             n_routed_experts,
             num_experts_per_tok,
+            n_null_experts=n_null_experts,
             score_func=score_func,
             topk_method=topk_method,
             n_group=n_group,
@@ -73,7 +78,9 @@ class MoE(nn.Module):
             routed_scaling_factor=routed_scaling_factor,
             backend=backend,
         )
-        self.experts = Experts(hidden_size, moe_intermediate_size, n_routed_experts, backend=backend)
+        self.experts = Experts(
+            hidden_size, moe_intermediate_size, n_routed_experts, n_null_experts=n_null_experts, backend=backend
+        )
         shared = n_shared_experts * moe_intermediate_size
         self.shared_experts = FeedForward(hidden_size, shared) if shared else None
 

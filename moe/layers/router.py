@@ -15,7 +15,7 @@ from moe import balance
 from moe.errors import ConfigError
 from moe_kernels import RouteResult, topk_route
 
-__all__ = ["LossWeights", "Router", "take_balance_loss"]
+__all__ = ["LossWeights", "Router", "recomputation", "take_balance_loss"]
 
 
 class LossWeights(NamedTuple):
@@ -29,6 +29,10 @@ class LossWeights(NamedTuple):
 class Router(nn.Module):
     """Linear scores over the experts and the choice of `num_experts_per_tok` of them.
 
+    `n_null_experts` further experts, numbered after the others, compute nothing (zero experts of MoE++,
+    arXiv:2410.07348): a token that chooses one passes fewer real ones. They are scored, weighted and balanced like all,
+    so at even load a token passes K E / (E + nulls) real experts in the mean.
+
     `expert_bias` (E,) is an fp32 buffer that stays fp32 through `.to(dtype)` and mixed precision; it exists when
     `topk_method="noaux_tc"` and is moved by `moe.Balancer`, never by the optimizer. `tokens_per_expert` (E,) adds up
     the load of training forwards until the balancer reads and clears it; a plain tensor, not a buffer, because
@@ -36,6 +40,8 @@ class Router(nn.Module):
 
     `first_choice` adds up the weight of each token's first expert, before scaling; `collect_margins`, set by
     `moe.Balancer` for quantile balancing, adds up `margin_histogram` (E, bins).
+
+    `choices`, set by `moe.RouteReplay`, gives the experts to take in place of the largest scores.
 
     `loss_weights` is None unless `moe.Balancer` asks for losses; training forwards then leave theirs in
     `balance_loss`, for `take_balance_loss`.
@@ -47,6 +53,7 @@ class Router(nn.Module):
     first_choice: Tensor | None
     loss_weights: LossWeights | None
     balance_loss: Tensor | None
+    choices: Callable[[int], Tensor] | None
 
     def __init__(
         self,
@@ -54,6 +61,7 @@ class Router(nn.Module):
         n_routed_experts: int,
         num_experts_per_tok: int,
         *,
+        n_null_experts: int = 0,
         score_func: Literal["sigmoid", "softmax"] = "sigmoid",
         topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc",
         n_group: int = 1,
@@ -63,13 +71,16 @@ class Router(nn.Module):
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_routed_experts, hidden_size))
+        choices = n_routed_experts + n_null_experts
+        self.weight = nn.Parameter(torch.empty(choices, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
-        bias = torch.zeros(n_routed_experts, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        bias = torch.zeros(choices, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("expert_bias", bias)
+        self.choices = None
         self.collect_margins = False
         self.loss_weights = None
         self.forget()
+        self.n_null_experts = n_null_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.score_func = score_func
         self.topk_method = topk_method
@@ -97,6 +108,7 @@ class Router(nn.Module):
             topk_group=self.topk_group,
             norm_topk_prob=self.norm_topk_prob,
             routed_scaling_factor=self.routed_scaling_factor,
+            chosen_TK=None if self.choices is None else self.choices(len(x_TD)),
             backend=self.backend,
         )
         if self.training and torch.is_grad_enabled():
@@ -108,7 +120,7 @@ class Router(nn.Module):
         self.tokens_per_expert = self.margin_histogram = self.first_choice = self.balance_loss = None
 
     def _record(self, route: RouteResult, logits_TE: Tensor, sequences: int, counted_T: Tensor | None) -> None:
-        checkpointing = _recomputation()
+        checkpointing = recomputation()
         if counted_T is not None:
             route = route._replace(
                 tokens_per_expert_E=balance.count_load(route.topk_index_TK, len(self.weight), counted_T)
@@ -173,7 +185,7 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more.detach() if total is None else total + more
 
 
-def _recomputation() -> Literal["", "repeats", "replaces"]:
+def recomputation() -> Literal["", "repeats", "replaces"]:
     """Whether activation checkpointing runs this forward, from within the backward pass, a second time.
 
     Non-reentrant checkpointing repeats a forward that was recorded; the reentrant kind runs its first forward without

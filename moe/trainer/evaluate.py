@@ -55,6 +55,8 @@ def evaluate(
         metrics["eval/max_vio"] = max(load.max_vio().values())
         metrics["eval/entropy"] = min(load.entropy().values())
         metrics["eval/dead_experts"] = sum(load.dead_experts().values())
+        if load.null_experts:
+            metrics["eval/computed_share"] = load.computed_share()
     return metrics
 
 

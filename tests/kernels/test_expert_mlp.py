@@ -76,6 +76,41 @@ def test_all_tokens_on_one_expert(place: Any, leaf: Callable[..., Tensor]) -> No
     check(place, leaf, torch.full((130, 1), 2), 16, 8, 4)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["counted-here", "counted-by-router"])
+@pytest.mark.parametrize(
+    "index",
+    [
+        [[0, 3], [4, 1], [3, 4], [2, 0], [0, 1]],  # some, all and none of a token's choices are null
+        [[3, 4], [4, 3]],  # nothing is computed at all
+    ],
+)
+@pytest.mark.parametrize("width", [16, 33])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_null_experts_add_nothing(
+    place: Any, leaf: Callable[..., Tensor], index: list[list[int]], given: bool, width: int
+) -> None:
+    """Choices beyond the three experts: as if those slots were not there, gradients included."""
+    choices = torch.tensor(index)
+    x, gate_up, down = leaf(len(index), width), leaf(3, 16, width, fan_in=width), leaf(3, width, 8, fan_in=8)
+    weight = (torch.rand(choices.shape) + 0.5).to(place.device).requires_grad_()
+    counts = torch.bincount(choices.flatten(), minlength=5).int().to(place.device) if given else None
+    y = expert_mlp(
+        x, gate_up, down, choices.to(place.device), weight, tokens_per_expert=counts, null_experts=2,
+        backend=place.backend,
+    )  # fmt: skip
+    seed = torch.randn(len(index), width).to(place.dtype)
+    y.backward(seed.to(place.device))
+    truth = [t.detach().cpu().double().requires_grad_() for t in (x, gate_up, down, weight)]
+    real = choices < 3
+    want = per_token(truth[0], truth[1], truth[2], choices * real, truth[3] * real)
+    want.backward(seed.double())
+    place.agree("y", want, y)
+    leaves = zip(("dx", "dgate_up", "ddown", "dweight"), truth, (x, gate_up, down, weight), strict=True)
+    for name, leaf64, got in leaves:
+        assert torch.isfinite(got.grad).all(), name
+        place.agree(name, leaf64.grad, got.grad)
+
+
 def test_the_same_expert_twice(place: Any, leaf: Callable[..., Tensor]) -> None:
     """A token may name an expert in two slots; both count."""
     check(place, leaf, torch.tensor([[1, 1], [0, 1], [2, 2]]), 16, 8, 3)
@@ -214,7 +249,8 @@ def test_library_op_is_well_formed() -> None:
     gate_up, down = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
     index, weight = torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2, requires_grad=True)
     op = torch.ops.moe_kernels.expert_mlp.default
-    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, "torch"))
+    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, 0, "torch"))
+    torch.library.opcheck(op, (x, gate_up[:-1], down[:-1], index, weight, None, 1, "torch"))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

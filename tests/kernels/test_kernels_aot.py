@@ -57,9 +57,14 @@ def _wgrad(dtype: torch.dtype) -> Callable[[Any], Any]:
 
 def _route(experts: int, top_k: int, *case: Any) -> Callable[[Any], Any]:
     def launch(module: Any) -> Any:
-        return module._forward_triton(torch.empty(1024, experts), torch.empty(experts), top_k, *case, True, 2.5)
+        return module._forward_triton(torch.empty(1024, experts), torch.empty(experts), None, top_k, *case, True, 2.5)
 
     return launch
+
+
+def _route_chosen(module: Any) -> Any:
+    chosen = torch.zeros(1024, 8, dtype=torch.int64)
+    return module._forward_triton(torch.empty(1024, 256), None, chosen, 8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)
 
 
 def _route_backward(module: Any) -> Any:
@@ -92,6 +97,7 @@ CASES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "wgrad-fp32": ("gemm", "grouped_wgrad_kernel", _wgrad(torch.float32)),
     "route-greedy": ("routing_forward", "topk_route_kernel", _route(128, 8, "softmax", "greedy", 1, 1)),
     "route-noaux-tc": ("routing_forward", "topk_route_kernel", _route(256, 8, "sigmoid", "noaux_tc", 8, 4)),
+    "route-chosen": ("routing_forward", "topk_route_kernel", _route_chosen),
     "route-backward": ("routing_backward", "topk_route_backward_kernel", _route_backward),
     "histogram": ("dispatch", "expert_histogram_kernel", _sort),
     "scatter": ("dispatch", "scatter_rows_kernel", _sort),

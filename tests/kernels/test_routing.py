@@ -191,8 +191,9 @@ def test_library_op_is_well_formed() -> None:
     """Schema, fake implementation and autograd registration agree, with and without a bias."""
     logits = torch.randn(5, 8, requires_grad=True)
     op = torch.ops.moe_kernels.topk_route.default
-    torch.library.opcheck(op, (logits, torch.randn(8), 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, "torch"))
-    torch.library.opcheck(op, (logits, None, 2, "softmax", "greedy", 1, 1, False, 1.0, "torch"))
+    torch.library.opcheck(op, (logits, torch.randn(8), None, 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, "torch"))
+    chosen = torch.rand(logits.shape).argsort(-1)[:, :2].contiguous()
+    torch.library.opcheck(op, (logits, None, chosen, 2, "softmax", "greedy", 1, 1, False, 1.0, "torch"))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -206,3 +207,41 @@ def test_compiles_as_one_graph() -> None:
     want = torch.autograd.grad(route(logits), logits)[0]
     got = torch.autograd.grad(torch.compile(route, fullgraph=True, backend="aot_eager")(logits), logits)[0]
     assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("case", ["softmax-raw", "group-top2", "odd", "all-experts"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_choices_made_before_are_taken_as_they_are(place: Any, case: str) -> None:
+    """Another router's choices, with this one's weights and gradients; its own choices give the same bits again."""
+    n_tokens, n_experts, arguments = CASES[case]
+    normalise, scale = arguments.get("norm_topk_prob", True), arguments.get("routed_scaling_factor", 1.0)
+    logits = torch.randn(n_tokens, n_experts).to(place.dtype).to(place.device).requires_grad_()
+    g_weight = torch.randn(n_tokens, arguments["top_k"], device=place.device)
+    first = topk_route(logits, None, backend=place.backend, **arguments)
+    again = topk_route(logits, None, chosen_TK=first.topk_index_TK, backend=place.backend, **arguments)
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one, two)
+    grads = [torch.autograd.grad(out.topk_weight_TK, logits, g_weight)[0] for out in (first, again)]
+    assert torch.equal(*grads)
+
+    chosen = torch.rand(n_tokens, n_experts).argsort(-1)[:, : arguments["top_k"]].contiguous()
+    out = topk_route(logits, None, chosen_TK=chosen.to(place.device), backend=place.backend, **arguments)
+    truth = logits.detach().double().cpu().requires_grad_()
+    scores = truth.softmax(-1) if arguments.get("score_func") == "softmax" else truth.sigmoid()
+    weight = scores.gather(1, chosen)
+    weight = (weight / (weight.sum(-1, keepdim=True) + 1e-20) if normalise else weight) * scale
+    assert torch.equal(out.topk_index_TK.cpu(), chosen)
+    assert torch.equal(out.tokens_per_expert_E.cpu(), torch.bincount(chosen.flatten(), minlength=n_experts).int())
+    place.agree("weights", weight, out.topk_weight_TK, FP32)
+    place.agree(
+        "d_logits",
+        torch.autograd.grad(weight, truth, g_weight.cpu().double())[0],
+        torch.autograd.grad(out.topk_weight_TK, logits, g_weight)[0],
+    )
+
+
+def test_choices_of_another_shape_are_refused(place: Any) -> None:
+    """One sentence, before any kernel runs."""
+    logits = torch.randn(4, 6, device=place.device)
+    with pytest.raises(KernelError, match=r"chosen_TK is \(4, 3\) torch.int64: give \(4, 2\) torch.int64"):
+        topk_route(logits, top_k=2, chosen_TK=torch.zeros(4, 3, dtype=torch.int64), backend=place.backend)
