@@ -93,8 +93,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, sequences: int = 1, counted_T: Tensor | None = None) -> RouteResult:
         """Route T tokens of width D, which are `sequences` sequences of equal length.
 
-        Counts load only in training with gradients, so evaluation never steers; and only the tokens that `counted_T`
-        (T,) bool says, when it is given: padding is no load.
+        Counts load only in training, with gradients and a weight that is trained, so neither evaluation nor a frozen
+        teacher steers; and only the tokens that `counted_T` (T,) bool says, when it is given: padding is no load.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
@@ -111,7 +111,7 @@ class Router(nn.Module):
             chosen_TK=None if self.choices is None else self.choices(len(x_TD)),
             backend=self.backend,
         )
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
             self._record(route, logits_TE, sequences, counted_T)
         return route
 

@@ -61,6 +61,14 @@ def test_evaluation_and_no_grad_do_not_count() -> None:
     assert torch.equal(layer.router.expert_bias, torch.zeros(8))
 
 
+def test_a_frozen_router_does_not_count() -> None:
+    """A teacher in training mode, whose input has a gradient: its load is nobody's to balance."""
+    layer = MoE(16, 8, num_experts_per_tok=2, moe_intermediate_size=8)
+    layer.requires_grad_(False)
+    layer(torch.randn(5, 16, requires_grad=True)).sum().backward()
+    assert layer.router.tokens_per_expert is None
+
+
 def test_load_counter_counts_in_evaluation_and_leaves_training_alone() -> None:
     """Evaluation's loads are its own; hooks are gone afterwards."""
     layer, x = _layer(), torch.randn(10, 16)

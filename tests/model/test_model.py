@@ -114,3 +114,28 @@ def test_bf16_autocast_computes_every_product_in_bf16(config: ModelConfig) -> No
         assert parameter.grad.dtype == torch.float32
         error = (parameter.grad - exact[name]).norm() / exact[name].norm().clamp_min(1e-12)
         assert error < 0.05, f"{name}: bf16 keeps 8 bits, so a few percent over the whole depth, not {error}"
+
+
+@pytest.mark.parametrize("initialization", ["normal", "scaled"])
+def test_initial_weights(initialization: str) -> None:
+    """normal: one deviation everywhere; scaled: smaller where a layer writes to the residual stream. Norms are ones."""
+    torch.manual_seed(0)
+    config = CONFIG.replace(
+        initialization=initialization, initializer_range=0.006, hidden_size=96, intermediate_size=200,
+        moe_intermediate_size=100, num_hidden_layers=8, first_k_dense_replace=4, vocab_size=500, attention_bias=True,
+        num_nextn_predict_layers=1,
+    )  # fmt: skip
+    model = Transformer(config)
+    to_residual = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+            to_residual += writes
+            wanted = 0.006 / 4 if writes and initialization == "scaled" else 0.006
+            error = 5 * wanted * (2 * parameter.numel()) ** -0.5  # five standard errors of a deviation
+            assert abs(parameter.std().item() - wanted) < error, name
+    assert to_residual == 2 * 9 + 5  # attention and feed-forward of each layer, shared experts beside routed ones
