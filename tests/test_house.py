@@ -24,7 +24,10 @@ def loaded_after(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in result.stdout.split()}
 
 
-@pytest.mark.parametrize("statement", ["import moe", "import moe_kernels", "import moe.cli", "import moe.config"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import moe", "import moe_kernels", "import moe.cli", "import moe.config", "import moe.accounting"],
+)
 def test_import_is_light(statement: str) -> None:
     """Importing a package asks for none of the heavy libraries; a name does, when it is used."""
     assert not loaded_after(statement) & {"torch", "plotly", "accelerate", "transformers", "triton", "wandb", "pynvml"}

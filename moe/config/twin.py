@@ -33,7 +33,9 @@ def dense_twin(config: _Config, match: Literal["active", "total"]) -> _Config:
         n_group=1,
         topk_group=1,
     )
-    return dense if match == "active" else _grow(dense, accounting.num_parameters(config))
+    if match == "active":
+        return dense
+    return _grow(dense, accounting.num_parameters(config.replace(num_nextn_predict_layers=0)))
 
 
 def _grow(dense: _Config, target: int) -> _Config:

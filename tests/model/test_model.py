@@ -19,9 +19,11 @@ DENSE = CONFIG.dense_twin()
 GQA = CONFIG.replace(attention="gqa", num_key_value_heads=1, qk_norm="full", attention_bias=True)
 NO_BIAS = CONFIG.replace(topk_method="greedy", score_func="softmax", q_lora_rank=10, attention_bias=True)
 TIED = CONFIG.replace(tie_word_embeddings=True)
+MTP = GQA.replace(num_nextn_predict_layers=2, first_k_dense_replace=1)
+DENSE_MTP = DENSE.replace(num_nextn_predict_layers=1)
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE, GQA, NO_BIAS, TIED, GQA.replace(qk_norm="head")])
+@pytest.mark.parametrize("config", [CONFIG, DENSE, GQA, NO_BIAS, TIED, GQA.replace(qk_norm="head"), MTP, DENSE_MTP])
 def test_accounting_counts_what_is_allocated(config: ModelConfig) -> None:
     """The arithmetic total equals parameters plus selection biases, tensor by tensor."""
     model = Transformer(config)
