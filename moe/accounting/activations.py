@@ -42,7 +42,7 @@ class Part:
 
     def routes(self, moe: bool) -> int:
         """What a recomputed layer keeps besides its input: all its router decided, loads of the experts too."""
-        return self._choice() + self.config.n_routed_experts * INT32 if moe else 0
+        return self._choice() + self._choices * INT32 if moe else 0
 
     def head(self) -> int:
         """The loss keeps two gradients, of hidden states and of its matrix, and how many labels it is a mean over."""
@@ -59,15 +59,6 @@ class Part:
     def copied(self, matrices: int) -> int:
         """Weights that autocast casts: one copy a forward pass, kept by the linear layers."""
         return matrices * BF16 if self.compute == BF16 else 0
-
-    def attention_scores(self) -> int:
-        """Softmax weights of one layer, where attention is not fused."""
-        return 0 if self._fused else self.sequences * self.config.num_attention_heads * self.length**2 * FP32
-
-    @property
-    def _fused(self) -> bool:
-        """Whether a CPU's fused attention takes these widths."""
-        return self.config.qk_head_dim == self.config.value_head_dim
 
     def _read(self, readers: int) -> int:
         """A normed input of `readers` linear layers. Autocast casts an fp32 one for each of them."""
@@ -86,8 +77,7 @@ class Part:
             # it reads the latent in place, so the rotary key that lies beside it is kept as well
             kept += self.tokens * config.qk_rope_head_dim * FP32
         kept += self.tokens * rank * self.compute  # its output, read by kv_b_proj
-        expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)  # a value lies beside its key's first part
-        return kept + self._attend(heads, expanded) + self.copied(attention_matrices(config))
+        return kept + self._attend(heads) + self.copied(attention_matrices(config))
 
     def _grouped(self) -> int:
         config = self.config
@@ -100,23 +90,18 @@ class Part:
             kept += self.norm(heads * width, self.compute) + self.norm(kv_heads * width, self.compute)
         if config.clip_qkv is not None:
             kept += self.tokens * (heads + 2 * kv_heads) * width * self.compute  # all three before clamping
-        return kept + self._attend(kv_heads, kv_heads * width) + self.copied(attention_matrices(config))
+        return kept + self._attend(kv_heads) + self.copied(attention_matrices(config))
 
-    def _attend(self, kv_heads: int, value_store: int) -> int:
-        """Attention but for its scores, and o_proj's input; `value_store`: numbers in the tensor that holds values."""
-        config = self.config
-        heads = config.num_attention_heads
-        queries, keys = heads * config.qk_head_dim, kv_heads * config.qk_head_dim
-        mixed = heads * config.value_head_dim
-        o_proj = mixed * self.compute  # a copy of the output, with the heads of a token side by side
-        if self._fused:
-            inputs_and_output = (queries + keys + value_store + mixed) * self.compute
-            logsumexp = heads * FP32
-            return self.tokens * (inputs_and_output + logsumexp + o_proj)
-        # In steps, which compute in fp32. They take values of all sequences and heads in one dimension; to get that,
-        # or fp32, values are copied, except for one sequence in fp32.
-        in_place = self.sequences == 1 and self.compute == FP32
-        return self.tokens * ((queries + keys + (value_store if in_place else mixed)) * FP32 + o_proj)
+    def _attend(self, kv_heads: int) -> int:
+        """Fused attention's inputs and output, and o_proj's input.
+
+        A CPU's kernel takes one width: what is narrower is padded.
+        """
+        heads, width = self.config.num_attention_heads, max(self.config.qk_head_dim, self.config.value_head_dim)
+        inputs_and_output = 2 * (heads + kv_heads) * width * self.compute
+        logsumexp = heads * FP32
+        o_proj = heads * self.config.value_head_dim * self.compute  # the output with the heads of a token side by side
+        return self.tokens * (inputs_and_output + logsumexp + o_proj)
 
     def _swiglu(self, width: int) -> int:
         """A dense feed-forward: input; gate, silu(gate), up and the product of the last two."""
@@ -141,8 +126,12 @@ class Part:
 
     def _choice(self) -> int:
         """Of every token: index and weight of its experts, and all scores."""
-        top_k, experts = self.config.num_experts_per_tok, self.config.n_routed_experts
-        return self.tokens * (top_k * (INT64 + FP32) + experts * FP32)
+        return self.tokens * (self.config.num_experts_per_tok * (INT64 + FP32) + self._choices * FP32)
+
+    @property
+    def _choices(self) -> int:
+        """What a router chooses from: experts, and null ones."""
+        return self.config.n_routed_experts + self.config.n_null_experts
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ class MicroBatch:
     recomputed: int
 
     def activations(self) -> int:
-        """Everything but the scores of attention."""
+        """Everything."""
         config, main = self.config, self._part()
         kept = main.tokens * INT64  # token ids, for the embedding's gradient
         kept += 2 * self.length * (config.rotary_dim // 2) * FP32  # cosines and sines, one table for all layers
@@ -172,36 +161,25 @@ class MicroBatch:
         kept += main.norm(config.hidden_size, FP32) + main.head()
         return kept + sum(self._module(number) for number in range(config.num_nextn_predict_layers))
 
-    def attention_scores(self) -> int:
-        """Of all layers and modules that are not recomputed."""
-        layers, modules = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        parts = [self._part()] * layers + [self._part(number + 1) for number in range(modules)]
-        return sum(part.attention_scores() for part in parts[self.recomputed :])
-
     def _module(self, number: int) -> int:
         """Multi-token prediction module `number` (from 0) and its loss."""
         config, hidden = self.config, self.config.hidden_size
         part = self._part(number + 1)
         moe = config.is_moe_layer(config.num_hidden_layers)
-        given = FP32 if number == 0 else self.compute  # hidden states it starts from: the model's, or a module's
-        last = self.sequences * hidden * given  # their last position: not used, but in the same tensor
+        last = self.sequences * hidden * FP32  # of the states it starts from: not used, but in the same tensor
         if config.num_hidden_layers + number < self.recomputed:
-            embedded, states = part.tokens * hidden * FP32, part.tokens * hidden * given + last
+            embedded, states = part.tokens * hidden * FP32, part.tokens * hidden * FP32 + last
             return embedded + states + part.routes(moe) + part.head()
-        kept = part.norm(hidden, FP32) + part.norm(hidden, given)  # enorm, hnorm
-        kept += last if given == FP32 else 0  # from bf16 hnorm makes a copy, of what it uses
+        kept = 2 * part.norm(hidden, FP32) + last  # enorm, hnorm
         kept += part.tokens * 2 * hidden * self.compute + part.copied(2 * hidden * hidden)  # eh_proj
         return kept + part.layer(moe) + part.norm(hidden, part.stream) + part.head()
 
     def _part(self, ahead: int = 0) -> Part:
-        """What a layer sees; one of a module `ahead` positions ahead, which the last positions have no token for.
-
-        A module's residual stream comes from its eh_proj, so under autocast it is bf16.
-        """
+        """What a layer sees; one of a module `ahead` positions ahead, which the last positions have no token for."""
         return Part(
             config=self.config,
             sequences=self.sequences,
             length=self.length - ahead,
             compute=self.compute,
-            stream=self.compute if ahead else FP32,
+            stream=FP32,
         )

@@ -1,11 +1,11 @@
 """Parameters and floating-point operations of a configuration.
 
 Conventions. A multiply-add is two operations. *Active* parameters are those one token's forward pass multiplies with:
-chosen and shared experts, routers with their selection bias, attention, norms and the output head, but neither the
-input embedding (a look-up) nor multi-token prediction, which only training runs. FLOPs per token of training follow
-Kaplan et al. (arXiv:2001.08361): 6 x active parameters, plus 6 x layers x heads x (qk + v width) x half the sequence
-for causal attention scores and their use; both with the multi-token prediction modules, each of which passes the
-output head once more.
+chosen and shared experts (where choices may be null, as many as are real in the mean at even load), routers with their
+selection bias, attention, norms and the output head, but neither the input embedding (a look-up) nor multi-token
+prediction, which only training runs. FLOPs per token of training follow Kaplan et al. (arXiv:2001.08361): 6 x active
+parameters, plus 6 x layers x heads x (qk + v width) x half the sequence for causal attention scores and their use; both
+with the multi-token prediction modules, each of which passes the output head once more.
 """
 
 from typing import TYPE_CHECKING
@@ -73,13 +73,14 @@ def attention_matrices(config: "Architecture") -> int:
 def _layer(config: "Architecture", *, moe: bool, active: bool) -> dict[str, int]:
     """Parameters of one decoder layer by part."""
     hidden, width = config.hidden_size, config.moe_intermediate_size
-    experts = config.num_experts_per_tok if active else config.n_routed_experts
+    routed = 3 * hidden * (config.mean_experts_per_tok if active else config.n_routed_experts) * width
+    choices = config.n_routed_experts + config.n_null_experts
     return {
         "attention": attention_matrices(config) + _attention_vectors(config),
         "dense_ffn": 0 if moe else 3 * hidden * config.intermediate_size,
         "shared_experts": 3 * hidden * config.n_shared_experts * width if moe else 0,
-        "routed_experts": 3 * hidden * experts * width if moe else 0,
-        "router": config.n_routed_experts * (hidden + int(config.has_expert_bias)) if moe else 0,
+        "routed_experts": round(routed) if moe else 0,
+        "router": choices * (hidden + int(config.has_expert_bias)) if moe else 0,
         "norms": 2 * hidden,
     }
 
@@ -94,7 +95,7 @@ def _mtp_module(config: "Architecture", *, active: bool) -> int:
 def _attention_vectors(config: "Architecture") -> int:
     """Biases and inner norms of one layer's attention."""
     heads, bias = config.num_attention_heads, int(config.attention_bias)
-    output = bias * config.hidden_size
+    output = int(config.has_output_bias) * config.hidden_size
     if config.attention == "mla":
         rank, q_rank = config.kv_lora_rank, config.q_lora_rank or 0
         return (1 + bias) * q_rank + rank + bias * (rank + config.qk_rope_head_dim) + output

@@ -26,8 +26,6 @@ def memory(
     optimizer: AdamW's two moments, fp32.
     activations: what autograd keeps of one micro-batch, on the torch backend on a CPU. Autocast's copies of weights are
         among it, and the output head's gradients, which it works out in the forward pass.
-    attention_scores: the sequence x sequence weights of every head, kept where query and value widths differ, as in
-        most latent attention: a CPU's fused attention does not take those. They grow with the square of `seq_len`.
 
     The Triton backend keeps the same of the routed experts. What else a GPU's kernels keep is unmeasured. Not counted:
     document masks, balance losses, what an operation needs while it runs (such as half a GB of logits), and what the
@@ -47,7 +45,6 @@ def memory(
         "gradients": trained * FP32,
         "optimizer": trained * 2 * FP32,
         "activations": batch.activations(),
-        "attention_scores": batch.attention_scores(),
     }
 
 
@@ -66,4 +63,5 @@ def cache_bytes_per_token(config: "Architecture", dtype_bytes: int) -> int:
 def _selection_biases(config: "Architecture") -> int:
     """Numbers in the routers' selection biases: buffers, which have no gradient."""
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    return config.n_routed_experts * sum(config.is_moe_layer(n) for n in layers) * int(config.has_expert_bias)
+    choices = config.n_routed_experts + config.n_null_experts
+    return choices * sum(config.is_moe_layer(n) for n in layers) * int(config.has_expert_bias)

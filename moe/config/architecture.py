@@ -39,6 +39,9 @@ class Architecture(Section):
         None, above=0, doc="gqa: largest magnitude of entries of queries, keys and values; none for any"
     )
     attention_bias: bool = setting(False, doc="biases in the attention projections")
+    attention_output_bias: bool | None = setting(
+        None, doc="gqa: bias in the output projection; none for as attention_bias"
+    )
     rope_theta: float = setting(10000.0, above=1, doc="base of the rotary frequencies")
     rope_type: Literal["default", "linear", "llama3", "yarn"] = setting(
         "default", doc="how positions are stretched over a longer context; default: not at all"
@@ -128,6 +131,8 @@ class Architecture(Section):
             self.fail("qk_rope_head_dim", "must be even: rotary positions turn pairs")
         if self.qk_norm != "none":
             self.fail("qk_norm", "is for attention='gqa'; mla normalises its latents instead")
+        if self.attention_output_bias is not None:
+            self.fail("attention_output_bias", "is for attention='gqa'; in mla attention_bias says it")
         if self.clip_qkv is not None:
             self.fail("clip_qkv", "is for attention='gqa': leave it none")
 
@@ -180,6 +185,11 @@ class Architecture(Section):
     def has_expert_bias(self) -> bool:
         """Whether routers carry a selection bias for balancing: the architecture decides, as in Hugging Face."""
         return self.is_moe and self.topk_method == "noaux_tc"
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
 
     @property
     def qk_head_dim(self) -> int:

@@ -24,7 +24,9 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: RMSNorm of queries and keys: "none", "head" (each head alone, Qwen3) or "full" (all heads, OLMoE).
         clip_qkv: largest magnitude of the entries of queries, keys and values after their norms and before positions,
             where transformers' OLMoE clamps them; None for any.
-        attention_bias: biases in the four projections.
+        attention_bias: biases in the projections.
+        attention_output_bias: bias in the output projection, where it differs from the other three (Qwen2); None for as
+            attention_bias.
         rope_theta: base of the rotary frequencies (pairs are halves).
         stretching: of the positions; None for none.
         rms_norm_eps: epsilon of the norms.
@@ -40,6 +42,7 @@ class GroupedQueryAttention(nn.Module):
         qk_norm: Literal["none", "head", "full"] = "none",
         clip_qkv: float | None = None,
         attention_bias: bool = False,
+        attention_output_bias: bool | None = None,
         rope_theta: float = 10000.0,
         stretching: Stretching | None = None,
         rms_norm_eps: float = 1e-6,
@@ -56,7 +59,8 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, q_width, bias=attention_bias)
         self.k_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
         self.v_proj = nn.Linear(hidden_size, kv_width, bias=attention_bias)
-        self.o_proj = nn.Linear(q_width, hidden_size, bias=attention_bias)
+        output_bias = attention_bias if attention_output_bias is None else attention_output_bias
+        self.o_proj = nn.Linear(q_width, hidden_size, bias=output_bias)
         if qk_norm != "none":
             self.q_norm = RMSNorm(self.head_dim if qk_norm == "head" else q_width, eps=rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim if qk_norm == "head" else kv_width, eps=rms_norm_eps)

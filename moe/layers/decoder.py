@@ -54,6 +54,7 @@ def _attention(config: Architecture) -> nn.Module:
             qk_norm=config.qk_norm,
             clip_qkv=config.clip_qkv,
             attention_bias=config.attention_bias,
+            attention_output_bias=config.attention_output_bias,
             rope_theta=config.rope_theta,
             stretching=stretching_of(config),
             rms_norm_eps=config.rms_norm_eps,

@@ -119,9 +119,16 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1)
-        return F.scaled_dot_product_attention(
+        if query.device.type == "cpu":
+            # its fused attention takes one width only; unfused, it keeps every score and takes twice as long
+            wider = self.v_head_dim - query.shape[-1]
+            if wider > 0:
+                query, key = F.pad(query, (0, wider)), F.pad(key, (0, wider))
+            value = F.pad(value, (0, max(0, -wider)))  # even by 0: the copy lets go of the keys that lie beside it
+        mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
+        return mixed[..., : self.v_head_dim]
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
         """The same over stored latents (B, keys, C + R); (B, H, S, v_head_dim).

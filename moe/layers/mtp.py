@@ -47,4 +47,6 @@ class MultiTokenPredictor(nn.Module):
             rotary, mask, counted_BS: as for `DecoderLayer`.
         """
         both = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        return self.norm(self.layer(self.eh_proj(both), rotary, mask, counted_BS=counted_BS))
+        # under autocast the product is bf16; the residual stream that starts here is as wide as the model's
+        stream_BSD = self.eh_proj(both).to(embedded_BSD.dtype)
+        return self.norm(self.layer(stream_BSD, rotary, mask, counted_BS=counted_BS))

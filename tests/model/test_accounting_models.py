@@ -110,6 +110,11 @@ MODELS = {
     "Llama-3.1-8B": Published(_grouped(128256, 4096, 32, 32, 8, 14336), 8030261248, 7504924672, 48.251),
     "Llama-3.1-70B": Published(_grouped(128256, 8192, 80, 64, 8, 28672), 70553706496, 69503033344, 433.124),
     "Llama-3.1-405B": Published(_grouped(128256, 16384, 126, 128, 8, 53248), 405853388800, 403752042496, 2473.247),
+    # Qwen2.5's public config: biases of queries, keys and values, none of the output projection
+    "Qwen2.5-72B": Published(
+        _grouped(152064, 8192, 80, 64, 8, 29568, attention_bias=True, attention_output_bias=False),
+        72706203648, 71460495360, 444.869,
+    ),
 }  # fmt: skip
 
 
@@ -146,12 +151,6 @@ LACKING = {
         64 + 32 + 32 * 3 * 2880,
         64 + 32 + 4 * 3 * 2880,
         windowed=12,
-    ),
-    # Qwen2.5's public config: biases of queries, keys and values, none of the output projection
-    "Qwen2.5-72B": Lacking(
-        Published(_grouped(152064, 8192, 80, 64, 8, 29568, attention_bias=True), 72706203648, 71460495360, 444.869),
-        -8192,
-        -8192,
     ),
 }  # fmt: skip
 
@@ -229,8 +228,19 @@ def test_twins_are_compared_without_multi_token_prediction() -> None:
 )
 def test_cache_of_published_models(name: str, wanted: int) -> None:
     """Bytes a token in bf16."""
-    config = MODELS[name].config if name in MODELS else LACKING[name].nearest.config
-    assert cache_bytes_per_token(config, 2) == wanted
+    assert cache_bytes_per_token(MODELS[name].config, 2) == wanted
+
+
+def test_null_experts_count_by_what_is_computed() -> None:
+    """With as many null experts as real ones half of the choices compute nothing; the router has twice the rows."""
+    model = MODELS["DeepSeek-V2-Lite"].config
+    halved = model.replace(num_experts_per_tok=6, n_null_experts=64)
+    assert halved.mean_experts_per_tok == 3
+    three = parameters(model.replace(num_experts_per_tok=3), active=True)
+    assert parameters(halved, active=True) == {**three, "router": 2 * three["router"]}
+    assert parameters(halved) == {**parameters(model), "router": 2 * three["router"]}
+    assert flops_per_token(model, 4096) - flops_per_token(halved, 4096) == 6 * 26 * (3 * 3 * 2048 * 1408 - 64 * 2048)
+    assert halved.dense_twin().intermediate_size == model.replace(num_experts_per_tok=3).dense_twin().intermediate_size
 
 
 def test_the_page_has_these_numbers() -> None:
