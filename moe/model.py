@@ -31,6 +31,7 @@ class ModelOutput:
     """What a forward pass gives.
 
     hidden: (B, S, D), after the final norm. `logits` are made from it when asked for: a training step never needs them.
+    head: the model's, which makes them.
     loss: next-token cross-entropy, nats per valid token, fp32; None without labels.
     balance_loss: what `moe.Balancer` asked the routers for in training, weighted; to add for the backward pass only.
     mtp_loss: mean of the multi-token prediction modules' cross-entropies, not weighted; in training with labels.
@@ -44,12 +45,16 @@ class ModelOutput:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, S, vocab_size)."""
+        """(B, S, vocab_size), in the dtype of the hidden states; made once."""
         return self.head(self.hidden)
 
 
 class Transformer(nn.Module):
     """A decoder-only language model described by a ModelConfig.
+
+    Parameters are made in torch's default dtype on its default device, and initialised as `config.initialization` says;
+    `.to(dtype)` casts all but expert biases, which stay fp32. An ordinary module: `torch.compile(fullgraph=True)`
+    takes it whole, `recompute` is its activation checkpointing, `moe.Balancer(model)` balances its experts.
 
     >>> model = Transformer(config)
     >>> out = model(input_ids, labels=input_ids)   # labels as in Hugging Face: unshifted, -100 is ignored
@@ -82,6 +87,7 @@ class Transformer(nn.Module):
         """Hidden states and logits for token ids (B, S); with labels also the loss.
 
         Args:
+            input_ids: (B, S) integers below `vocab_size`.
             labels: (B, S), the ids themselves with -100 where no loss is wanted; shifted here, so position s is scored
                 against label s + 1.
             position_ids: (B, S) integers; None for 0 … S-1, or for those that follow the cached tokens.
@@ -89,7 +95,8 @@ class Transformer(nn.Module):
             document_ids: (B, S) integers; a token attends only to tokens of its own document. -1 is padding, which is
                 no load to balance; give it the label -100. Rotary positions are relative, so they need no restart.
 
-        Raises ConfigError for `cache` together with `document_ids`.
+        Raises:
+            ConfigError: `cache` together with `document_ids`.
         """
         length = input_ids.shape[1]
         if position_ids is None:

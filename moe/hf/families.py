@@ -78,13 +78,16 @@ _ALL = (
     Family(
         model_type="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
-        fields={**_DEEPSEEK, "norm_topk_prob": "norm_topk_prob"},
+        fields={**_DEEPSEEK, **_same("norm_topk_prob", "num_nextn_predict_layers")},
         fixed={**_MLA, "score_func": "sigmoid", "topk_method": "noaux_tc"},
-        absent={**_ABSENT, "attention_bias": False, "q_lora_rank": 1536, "norm_topk_prob": True},
+        absent={
+            **_ABSENT, "attention_bias": False, "q_lora_rank": 1536, "norm_topk_prob": True,
+            "num_nextn_predict_layers": 0,  # transformers says 1, of files it wrote without any
+        },
         refused={
             **_DEEPSEEK_REFUSED, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True,
         },
-        alias={"n_routed_experts": "num_local_experts"},
+        alias={"n_routed_experts": "num_local_experts", "num_nextn_predict_layers": "num_mtp_layers"},
     ),
     Family(
         model_type="deepseek_v2",

@@ -1,6 +1,5 @@
 """A directory in Hugging Face's format becomes a moe.Transformer; every tensor in it is accounted for."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.hf.families import Family
 from moe.hf.files import HubTensors, read_json
-from moe.hf.names import layouts, means_nothing
+from moe.hf.names import copies, layer_of, layouts, means_nothing
 from moe.hf.settings import config_from_hub
 from moe.model import Transformer
 
@@ -44,6 +43,13 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None) -> Transfor
         raise ConfigError(f"{directory / 'config.json'} has a value of a wrong kind: {error}") from None
     hub = HubTensors(directory)
     _refuse_fp8(hub)
+    if config.num_nextn_predict_layers and not any(layer_of(name) >= config.num_hidden_layers for name in hub.names()):
+        warnings.warn(
+            f"{directory}: config.json states num_nextn_predict_layers={config.num_nextn_predict_layers}, but the "
+            "files hold none of their weights: loaded without multi-token prediction",
+            stacklevel=2,
+        )
+        config = config.replace(num_nextn_predict_layers=0)
     with torch.device("meta"):
         model = Transformer(config)
     state = _assemble(model, hub, family, dtype or _stored_dtype(stored, hub))
@@ -60,10 +66,10 @@ def _assemble(model: Transformer, hub: HubTensors, family: Family, dtype: torch.
     state: dict[str, Tensor] = {}
     for name, empty in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            _check_tied_head(hub, left)
+            _check_copy("lm_head.weight", "embed_tokens.weight", hub, left)
             state[name] = state["embed_tokens.weight"]
             continue
-        ways = layouts(name, empty, family)
+        ways = layouts(name, empty, family, config)
         way = next((way for way in ways if any(piece.hub_name in left for piece in way)), ways[0])
         filled = torch.empty(empty.shape, dtype=torch.float32 if name.endswith("expert_bias") else dtype)
         for piece in way:
@@ -72,7 +78,9 @@ def _assemble(model: Transformer, hub: HubTensors, family: Family, dtype: torch.
             left.remove(piece.hub_name)
             _fill(filled[piece.where], hub, piece.hub_name)
         state[name] = filled
-    _settle_rest(left, hub, config)
+    for hub_name, name in copies(config):
+        _check_copy(hub_name, name, hub, left)
+    _settle_rest(left, hub, family, config)
     return state
 
 
@@ -85,31 +93,31 @@ def _fill(part: Tensor, hub: HubTensors, hub_name: str) -> None:
     part.copy_(hub.read(hub_name))
 
 
-def _check_tied_head(hub: HubTensors, left: set[str]) -> None:
-    """Some files hold the shared matrix twice; two different ones would mean it is not shared."""
-    if "lm_head.weight" in left and "model.embed_tokens.weight" in hub.names():
-        left.remove("lm_head.weight")
-        if not torch.equal(hub.read("lm_head.weight"), hub.read("model.embed_tokens.weight")):
-            raise CheckpointError(
-                f"lm_head.weight in {hub.directory} differs from the embedding although tie_word_embeddings is true"
-            )
+def _check_copy(copy: str, name: str, hub: HubTensors, left: set[str]) -> None:
+    """Some files hold a shared matrix twice; two different ones would mean it is not shared."""
+    if copy not in left:
+        return
+    left.remove(copy)
+    held_as = "lm_head.weight" if name == "lm_head.weight" and name in hub.names() else "model.embed_tokens.weight"
+    if not torch.equal(hub.read(copy), hub.read(held_as)):
+        raise CheckpointError(f"{copy} in {hub.directory} differs from {held_as}, whose copy it is")
 
 
-def _settle_rest(left: set[str], hub: HubTensors, config: ModelConfig) -> None:
-    """Drop what holds nothing (no shared experts: matrices of width 0) and, with a notice, multi-token prediction."""
+def _settle_rest(left: set[str], hub: HubTensors, family: Family, config: ModelConfig) -> None:
+    """Drop what holds nothing (no shared experts: matrices of width 0) and, with a notice, predictors not stated."""
     predictors, unexpected = set(), []
+    stated = config.num_hidden_layers + config.num_nextn_predict_layers
     for name in sorted(left):
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and config.attention == "mla" and int(layer[1]) >= config.num_hidden_layers:
-            predictors.add(int(layer[1]))
+        if "num_nextn_predict_layers" in family.fields and layer_of(name) >= stated:
+            predictors.add(layer_of(name))
         elif not means_nothing(name) and 0 not in hub.shape(name):
             unexpected.append(name)
     if unexpected:
         raise CheckpointError(f"{hub.directory} has an unexpected tensor {unexpected[0]}{_more(unexpected)}")
     if predictors:
         warnings.warn(
-            f"{hub.directory}: dropped {len(predictors)} multi-token prediction layer(s) after the model's "
-            f"{config.num_hidden_layers}; the model itself is whole",
+            f"{hub.directory}: dropped {len(predictors)} multi-token prediction layer(s) beyond the "
+            f"num_nextn_predict_layers={config.num_nextn_predict_layers} of config.json; the model itself is whole",
             stacklevel=4,
         )
 

@@ -13,6 +13,8 @@ __all__ = ["config_from_hub", "config_to_hub", "family_of"]
 
 # Decided by how the model is built, not by a family's table.
 _STRUCTURE = frozenset({"attention", "n_routed_experts"})
+# How weights started out: of no concern to who computes with them.
+_HISTORY = frozenset({"initialization"})
 
 
 def config_from_hub(stored: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -32,6 +34,8 @@ def config_from_hub(stored: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         values["n_shared_experts"] = values["n_shared_experts"] or 0
         for name in ("n_group", "topk_group"):
             values[name] = values[name] or 1  # null: no groups
+        if values.get("num_nextn_predict_layers") is None:
+            values["num_nextn_predict_layers"] = 0
         _refuse_grouped_latents(stored, values)
     if kind == "qwen3_moe":
         values["first_k_dense_replace"] = _leading_dense_layers(stored)
@@ -66,9 +70,9 @@ def config_to_hub(config: ModelConfig, dtype: str) -> tuple[Family, dict[str, An
         stored["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
     else:
         stored["num_key_value_heads"] = config.num_attention_heads
-        stored["num_nextn_predict_layers"] = 0
         if not config.is_moe:
-            stored.update(_PLACEHOLDERS, first_k_dense_replace=config.num_hidden_layers)
+            dense = config.num_hidden_layers + config.num_nextn_predict_layers
+            stored.update(_PLACEHOLDERS, first_k_dense_replace=dense)
     if family.model_type == "qwen3_moe":
         stored.update(mlp_only_layers=list(range(config.first_k_dense_replace)), use_sliding_window=False)
     if family.model_type == "mixtral":
@@ -96,7 +100,7 @@ def family_of(config: ModelConfig) -> Family:
         family = FAMILIES[{"none": "llama", "head": "qwen3"}[config.qk_norm]]
     for field in dataclasses.fields(config):
         name = field.name
-        known = name in family.fields or name in _STRUCTURE or name.startswith("rope_")
+        known = name in family.fields or name in _STRUCTURE | _HISTORY or name.startswith("rope_")
         if known or (name == "first_k_dense_replace" and family.model_type == "qwen3_moe"):
             continue
         if name in (GQA_ONLY if config.attention == "mla" else MLA_ONLY) or (name in MOE_ONLY and not config.is_moe):

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.errors import CheckpointError
 from moe.hf.families import Family
 from moe.hf.files import INDEX, SINGLE, read_json
-from moe.hf.names import layouts
+from moe.hf.names import copies, layouts
 from moe.hf.settings import config_to_hub
 from moe.model import Transformer
 from moe.rundir import write_json
@@ -75,8 +75,10 @@ def _hub_tensors(model: Transformer, family: Family) -> Iterator[tuple[str, Tens
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue  # the embedding, stored once
-        for piece in layouts(name, tensor, family)[0]:
+        for piece in layouts(name, tensor, family, model.config)[0]:
             yield piece.hub_name, tensor.detach()[piece.where]
+    for hub_name, name in copies(model.config):
+        yield hub_name, model.get_parameter(name).detach()
     yield from _empty_shared_experts(model)
 
 
@@ -85,7 +87,7 @@ def _empty_shared_experts(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     config = model.config
     if config.attention != "mla" or config.n_shared_experts:
         return
-    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+    for layer in filter(config.is_moe_layer, range(config.num_hidden_layers + config.num_nextn_predict_layers)):
         for part, shape in (("gate", (0, config.hidden_size)), ("up", (0, config.hidden_size)),
                             ("down", (config.hidden_size, 0))):  # fmt: skip
             empty = model.embed_tokens.weight.new_empty(shape)
@@ -103,7 +105,7 @@ def _write_shards(shards: list[dict[str, Tensor]], directory: Path) -> set[str]:
     for file, shard in zip(names, shards, strict=True):
         aside = directory / f".{file}.{os.getpid()}"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in shard.items()}, aside, metadata={"format": "pt"})
+            save_file(_apart(shard), aside, metadata={"format": "pt"})
         except OSError as error:
             raise CheckpointError(f"{aside} cannot be written ({error.strerror})") from None
         aside.replace(directory / file)
@@ -115,6 +117,17 @@ def _write_shards(shards: list[dict[str, Tensor]], directory: Path) -> set[str]:
         index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(directory / INDEX, index)
     return set(names)
+
+
+def _apart(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What safetensors can write: whole tensors, of which no two are the same memory under two names."""
+    whole: dict[str, Tensor] = {}
+    seen: set[tuple[int, int]] = set()
+    for name, tensor in shard.items():
+        place = (tensor.data_ptr(), tensor.nbytes)
+        whole[name] = tensor.clone() if tensor.nbytes and place in seen else tensor.contiguous()
+        seen.add(place)
+    return whole
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.errors import ConfigError
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
@@ -14,7 +15,9 @@ __all__ = ["GroupedQueryAttention"]
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention whose query heads share fewer key and value heads.
+    """Causal self-attention whose query heads share fewer key and value heads (section 2 of the paper).
+
+    Projections start as `nn.Linear` does. Inside a model of ours `moe.Transformer` initialises them anew.
 
     Args:
         hidden_size: width D of the input.
@@ -30,6 +33,14 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: base of the rotary frequencies (pairs are halves).
         stretching: of the positions; None for none.
         rms_norm_eps: epsilon of the norms.
+
+    Raises:
+        ConfigError: heads do not divide, a head is of odd width, or `qk_norm` is unknown.
+
+    Example:
+        >>> attention = GroupedQueryAttention(64, num_attention_heads=4, num_key_value_heads=2)
+        >>> attention(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(
@@ -48,6 +59,21 @@ class GroupedQueryAttention(nn.Module):
         rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if num_key_value_heads is not None and num_attention_heads % num_key_value_heads:
+            raise ConfigError(
+                f"num_key_value_heads={num_key_value_heads} must divide num_attention_heads ({num_attention_heads})"
+            )
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ConfigError(
+                f"hidden_size={hidden_size} must be divisible by num_attention_heads ({num_attention_heads}), "
+                "or give head_dim"
+            )
+        if (head_dim or hidden_size // num_attention_heads) % 2:
+            raise ConfigError(
+                f"head_dim={head_dim or hidden_size // num_attention_heads} must be even: rotary positions turn pairs"
+            )
+        if qk_norm not in ("none", "head", "full"):
+            raise ConfigError(f"qk_norm={qk_norm!r} must be none, head or full")
         self.num_heads = num_attention_heads
         self.num_kv_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
@@ -73,10 +99,10 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None, memory: Memory | None = None
     ) -> Tensor:
-        """(B, S, D) to (B, S, D).
+        """(B, S, D) to (B, S, D), in the projections' dtype or autocast's; positions are turned in fp32.
 
         Args:
-            rotary: tables for these positions; None for positions 0 … S-1.
+            rotary: tables for these positions, by `moe.layers.rope.rotary_tables`; None for positions 0 … S-1.
             mask: (B or 1, 1, S, keys) bool, true where a query may attend; None for all earlier tokens and itself.
             memory: where to store these tokens' keys and values, and find those of earlier ones.
         """

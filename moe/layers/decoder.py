@@ -17,7 +17,14 @@ __all__ = ["DecoderLayer", "stretching_of"]
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or a mixture of experts by layer number."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is dense or a mixture of experts by layer number.
+
+    The pre-norm layer of Llama and DeepSeek (arXiv:2412.19437 section 2.1).
+
+    Args:
+        config: a `moe.ModelConfig`; what is wrong in it raised ConfigError when it was made.
+        layer: number of the layer, from 0; `config.is_moe_layer(layer)` decides what its mlp is.
+    """
 
     def __init__(self, config: Architecture, layer: int) -> None:
         super().__init__()
@@ -33,12 +40,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        rotary: Rotary,
+        rotary: Rotary | None = None,
         mask: Tensor | None = None,
         memory: Memory | None = None,
         counted_BS: Tensor | None = None,
     ) -> Tensor:
-        """(B, S, D) to (B, S, D); `rotary`, `mask` and `memory` as for the attention, `counted_BS` as for `MoE`."""
+        """(B, S, D) to (B, S, D), in the dtype of `x_BSD`; norms are summed in fp32.
+
+        Args:
+            rotary, mask, memory: as for `MultiHeadLatentAttention`; tables that many layers share are made once.
+            counted_BS: (B, S) bool, false for padding, as for `MoE`; nothing to a dense layer.
+        """
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask, memory)
         normed = self.post_attention_layernorm(x_BSD)
         return x_BSD + (self.mlp(normed, counted_BS) if isinstance(self.mlp, MoE) else self.mlp(normed))

@@ -13,8 +13,18 @@ __all__ = ["Experts"]
 class Experts(nn.Module):
     """E SwiGLU networks in Hugging Face's fused layout: `gate_up_proj` (E, 2F, D), `down_proj` (E, D, F).
 
+    The routed half of DeepSeekMoE (arXiv:2401.06066 eq. 3; SwiGLU: arXiv:2002.05202), without a capacity: no token is
+    dropped. Weights start normal with standard deviation 0.02.
+
     All experts live in two tensors, so every one of them takes part in every backward pass, with or without tokens.
     Choices E … E + `n_null_experts` - 1 are of no expert: they add nothing and cost no matrix product.
+
+    Args:
+        hidden_size: width D of the input.
+        moe_intermediate_size: width F of one expert's SwiGLU.
+        n_routed_experts: experts E.
+        n_null_experts: numbers from E on that stand for no expert.
+        backend: "torch" or "triton" kernels; None chooses by device.
     """
 
     def __init__(
@@ -35,7 +45,20 @@ class Experts(nn.Module):
         self.backend = backend
 
     def forward(self, x_TD: Tensor, topk_index_TK: Tensor, topk_weight_TK: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Weighted sum over each token's chosen experts: (T, D) to (T, D). Casts itself under autocast."""
+        """Weighted sum over each token's chosen experts: (T, D) to (T, D), in the dtype of `x_TD`, or autocast's.
+
+        Gradients reach `x_TD`, the weights of the experts and `topk_weight_TK`. The triton backend never waits for the
+        device; the torch backend reads the load there.
+
+        Args:
+            x_TD: tokens.
+            topk_index_TK: (T, K) int64, which experts; as `Router` gives them.
+            topk_weight_TK: (T, K) fp32, what each counts.
+            tokens_per_expert: (E,) int32, how often each expert occurs in `topk_index_TK`.
+
+        Raises:
+            KernelError: shapes or dtypes do not fit together, or the backend cannot run here.
+        """
         return expert_mlp(
             x_TD,
             self.gate_up_proj,

@@ -7,7 +7,12 @@ __all__ = ["FeedForward"]
 
 
 class FeedForward(nn.Module):
-    """y = W_down (silu(W_gate x) * W_up x), without biases; (…, hidden_size) to (…, hidden_size)."""
+    """y = W_down (silu(W_gate x) * W_up x), without biases (eq. 6 of the paper).
+
+    Args:
+        hidden_size: width D of input and output.
+        intermediate_size: width between.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -16,4 +21,5 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, hidden_size) to the same shape, in the weights' dtype or autocast's."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

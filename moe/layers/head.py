@@ -23,7 +23,15 @@ _CHUNK_LOGITS = 2**27  # half a GB in fp32: some thousand rows of a large vocabu
 
 
 class OutputHead(nn.Linear):
-    """`head(hidden)` are logits (…, V); `head(hidden, labels)` is the summed cross-entropy, fp32, in bounded memory."""
+    """`head(hidden)` are logits (…, V); `head(hidden, labels)` is the summed cross-entropy, fp32, in bounded memory.
+
+    `next_token_labels` of this file shifts labels for next-token prediction. Divide by the number of labelled positions
+    for the mean.
+
+    Args:
+        hidden_size: width D of the input.
+        vocab_size: classes V.
+    """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -31,7 +39,8 @@ class OutputHead(nn.Linear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of `hidden` (…, D), in its dtype; or with `labels` (…), integers, the sum of -log p(label) in nats.
 
-        Labels belong to the positions they stand at (they are not shifted here); -100 has no loss. Under autocast the
+        Labels belong to the positions they stand at (they are not shifted here); -100 has no loss. Gradients are worked
+        out in the forward pass, when any are wanted, and can be had once: no second derivatives. Under autocast the
         products are in the autocast dtype, and gradients of fp32 weights are summed up in fp32.
         """
         if labels is None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.errors import ConfigError
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
@@ -18,7 +19,9 @@ __all__ = ["MultiHeadLatentAttention"]
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal self-attention over a compressed latent.
+    """Causal self-attention over a compressed latent (DeepSeek-V3 eqs 1-11).
+
+    Projections start as `nn.Linear` does. Inside a model of ours `moe.Transformer` initialises them anew.
 
     Args:
         hidden_size: width D of the input.
@@ -32,6 +35,16 @@ class MultiHeadLatentAttention(nn.Module):
         rope_theta: base of the rotary frequencies.
         stretching: of the positions; None for none.
         latent_norm_eps: epsilon of the norms of the latents, of queries and of keys and values.
+
+    Raises:
+        ConfigError: `qk_rope_head_dim` is odd.
+
+    Example:
+        >>> attention = MultiHeadLatentAttention(
+        ...     64, num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        ... )
+        >>> attention(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(
@@ -50,6 +63,8 @@ class MultiHeadLatentAttention(nn.Module):
         latent_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim={qk_rope_head_dim} must be even: rotary positions turn pairs")
         self.num_heads = num_attention_heads
         self.kv_lora_rank = kv_lora_rank
         self.qk_nope_head_dim = qk_nope_head_dim
@@ -81,13 +96,13 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: Rotary | None = None, mask: Tensor | None = None, memory: Memory | None = None
     ) -> Tensor:
-        """(B, S, D) to (B, S, D).
+        """(B, S, D) to (B, S, D), in the projections' dtype or autocast's; positions are turned in fp32.
 
         Keys and values are expanded from the latents for training and for a prompt; tokens that follow stored ones
         attend in latent space instead (absorbed), where nothing of the past is expanded again.
 
         Args:
-            rotary: tables for these positions; None for positions 0 … S-1.
+            rotary: tables for these positions, by `moe.layers.rope.rotary_tables`; None for positions 0 … S-1.
             mask: (B or 1, 1, S, keys) bool, true where a query may attend; None for all earlier tokens and itself.
             memory: where to store these tokens' latents and rotary keys, and find those of earlier ones.
         """

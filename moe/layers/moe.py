@@ -15,6 +15,9 @@ __all__ = ["MoE"]
 class MoE(nn.Module):
     """A drop-in for a transformer's feed-forward, (…, hidden_size) to (…, hidden_size). No token is ever dropped.
 
+    y = shared(x) + sum over the K chosen experts of weight * expert(x); eqs 12-15 of DeepSeek-V3, arXiv:2412.19437,
+    without the residual.
+
     Args:
         hidden_size: width D of the input.
         n_routed_experts: experts E the router chooses from.
@@ -85,7 +88,9 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(hidden_size, shared) if shared else None
 
     def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """(…, hidden_size) to the same shape.
+        """(…, hidden_size) to the same shape, in the dtype of `x` or autocast's; routed in fp32.
+
+        The triton backend never waits for the device.
 
         Args:
             counted: (…) bool, false for padding: such tokens are computed like all, but are no load to balance and have

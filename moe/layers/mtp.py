@@ -20,7 +20,12 @@ __all__ = ["MultiTokenPredictor"]
 
 
 class MultiTokenPredictor(nn.Module):
-    """Module number `depth` (from 1) of a configuration's `num_nextn_predict_layers`."""
+    """Module number `depth` of a configuration's `num_nextn_predict_layers` (eqs 21-25 of the paper).
+
+    Args:
+        config: a `moe.ModelConfig`; what is wrong in it raised ConfigError when it was made.
+        depth: how many tokens further ahead than the next one, from 1.
+    """
 
     def __init__(self, config: Architecture, depth: int) -> None:
         super().__init__()
@@ -36,14 +41,17 @@ class MultiTokenPredictor(nn.Module):
         self,
         embedded_BSD: Tensor,
         hidden_BSD: Tensor,
-        rotary: Rotary,
+        rotary: Rotary | None = None,
         mask: Tensor | None = None,
         counted_BS: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of this depth (B, S, D) from those of the depth before, at the same positions.
+        """Hidden states of this depth (B, S, D), behind the norm, from those of the depth before at the same positions.
+
+        They are scored by the model's own `OutputHead` against the tokens `depth` + 1 positions later.
 
         Args:
             embedded_BSD: embeddings of the tokens `depth` positions later.
+            hidden_BSD: of the depth before; for depth 1 the model's, behind its final norm.
             rotary, mask, counted_BS: as for `DecoderLayer`.
         """
         both = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)

@@ -45,6 +45,18 @@ class Router(nn.Module):
 
     `loss_weights` is None unless `moe.Balancer` asks for losses; training forwards then leave theirs in
     `balance_loss`, for `take_balance_loss`.
+
+    Args:
+        hidden_size: width D of the input.
+        n_routed_experts: experts E to choose from.
+        num_experts_per_tok: experts K each token is sent to.
+        n_null_experts: further choices that compute nothing.
+        score_func: how logits become scores.
+        topk_method: how scores become a choice; "noaux_tc" is the one with an expert bias.
+        n_group, topk_group: groups the experts are in, and how many of them a token may choose from.
+        norm_topk_prob: the chosen experts' weights sum to 1 before scaling.
+        routed_scaling_factor: factor on the weights.
+        backend: "torch" or "triton" kernels; None chooses by device.
     """
 
     expert_bias: Tensor | None
@@ -93,8 +105,15 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, sequences: int = 1, counted_T: Tensor | None = None) -> RouteResult:
         """Route T tokens of width D, which are `sequences` sequences of equal length.
 
+        Gives (T, K) int64 experts by falling selection score, ties to the lowest number; their (T, K) fp32 weights and
+        the (T, E) fp32 scores, both with gradients; and the (E,) int32 load. Nothing waits for the device.
+
         Counts load only in training, with gradients and a weight that is trained, so neither evaluation nor a frozen
         teacher steers; and only the tokens that `counted_T` (T,) bool says, when it is given: padding is no load.
+
+        Raises:
+            KernelError: K, E and the groups do not fit together, or the backend cannot run here.
+            ConfigError: a balance loss was asked for within reentrant activation checkpointing.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())

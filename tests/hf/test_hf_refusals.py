@@ -207,12 +207,12 @@ def test_a_tied_head(draw: Draw, tmp_path: Path) -> None:
     again = moe.hf.load(tmp_path)
     assert again.lm_head.weight is again.embed_tokens.weight
     _edit(tmp_path, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight in .* differs from the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight in .* differs from model.embed_tokens.weight"):
         moe.hf.load(tmp_path)
 
 
-def test_multi_token_prediction_is_dropped_with_a_notice(draw: Draw, tmp_path: Path) -> None:
-    """DeepSeek's predictors come after the last layer; the model is whole without them."""
+def test_predictors_not_stated_are_dropped_with_a_notice(draw: Draw, tmp_path: Path) -> None:
+    """Layers after the last one that config.json does not speak of; the model is whole without them."""
     ours = draw("deepseek_v3")
     moe.hf.save(ours, tmp_path)
     after = f"model.layers.{ours.config.num_hidden_layers}."
