@@ -67,12 +67,15 @@ def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int, counted
     return counts.scatter_add_(0, index, rows).view(experts, _BINS)
 
 
-def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int) -> Tensor:
+def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int, step: float = 1.0) -> Tensor:
     """The biases that would have given each expert its share K/E of the tokens counted (quantile balancing).
 
     b_i becomes the K/E-quantile over tokens of r_ti = alpha_t - s_ti, minus the mean over experts. With the margins
     m_ti = r_ti - b_i of `margin_histogram` that is b_i + quantile(m_i), here interpolated within the bin. In fp64, from
     integers: ranks that hold the same histogram hold the same biases bit for bit.
+
+    With `step` below 1 the biases go that share of the way only: an exponential moving average over batches, which
+    hold fewer tokens than a quantile needs to lie still.
     """
     count = histogram.to(torch.float64)
     below = count.cumsum(1)
@@ -81,7 +84,7 @@ def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int) -> Tenso
     inside = count.gather(1, bin_)
     position = bin_ + 1 - (below.gather(1, bin_) - wanted) / inside
     quantile = _WIDTH * torch.sinh((position * (2 / _BINS) - 1) * _REACH)
-    moved = expert_bias.to(torch.float64) + quantile.squeeze(1)
+    moved = expert_bias.to(torch.float64) + step * quantile.squeeze(1)
     return (moved - moved.mean()).to(expert_bias.dtype)
 
 

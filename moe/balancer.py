@@ -100,6 +100,7 @@ class Balancer:
         method: str = "sign",
         bias_update_speed: float = 1e-3,
         centre: bool = False,
+        quantile_step: float = 1.0,
         aux_loss_alpha: float = 0.0,
         sequence_loss_alpha: float = 0.0,
         z_loss_alpha: float = 0.0,
@@ -110,6 +111,7 @@ class Balancer:
                 method=method,  # type: ignore[arg-type]
                 bias_update_speed=bias_update_speed,
                 centre=centre,
+                quantile_step=quantile_step,
                 aux_loss_alpha=aux_loss_alpha,
                 sequence_loss_alpha=sequence_loss_alpha,
                 z_loss_alpha=z_loss_alpha,
@@ -146,7 +148,8 @@ class Balancer:
                 bias.copy_(balance.sign_update(bias, counts, speed, centre=centre))
             elif name in margins:
                 assert isinstance(bias, Tensor)
-                bias.copy_(balance.quantile_update(bias, margins[name], self._top_k(name)))
+                step = self._config.quantile_step
+                bias.copy_(balance.quantile_update(bias, margins[name], self._top_k(name), step))
         return load
 
     def skip(self) -> None:

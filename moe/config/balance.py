@@ -26,6 +26,13 @@ class BalanceConfig(Section):
         doc="size of one bias step; DeepSeek-V3 uses 0.001, a run of some hundred steps needs about 0.01",
     )
     centre: bool = setting(False, doc="sign: subtract the mean of the update over experts, so that biases do not drift")
+    quantile_step: float = setting(
+        1.0,
+        above=0,
+        at_most=1,
+        doc="quantile: share of the way to the last batch's quantile that biases go a step; 1 takes it as it is, less "
+        "averages over batches",
+    )
     aux_loss_alpha: float = setting(
         0.0, at_least=0, doc="weight of the load-balancing loss of a micro-batch; 0.01 in Switch Transformers"
     )

@@ -116,3 +116,48 @@ def test_it_balances_a_layer_in_a_few_steps(score_func: str) -> None:
         violations.append(balancer.step().max_vio()["router"])
     assert violations[0] > 0.9
     assert max(violations[5:]) < 0.2
+
+
+def test_a_step_goes_its_share_of_the_way() -> None:
+    """1 is the rule itself, bit for bit; less lies between, and many short steps on the same tokens arrive as well."""
+    torch.manual_seed(0)
+    scores, start = _scores("sigmoid", 16), torch.randn(16)
+    start -= start.mean()
+    histogram = margin_histogram(scores, start, 3)
+    whole = quantile_update(start, histogram, 3)
+    assert torch.equal(quantile_update(start, histogram, 3, 1.0), whole)
+    torch.testing.assert_close(quantile_update(start, histogram, 3, 0.25), torch.lerp(start, whole, 0.25))
+    bias = start
+    for _ in range(60):
+        bias = quantile_update(bias, margin_histogram(scores, bias, 3), 3, 0.2)
+    assert max_vio(_load(scores, start, 3)) > 1
+    assert max_vio(_load(scores, bias, 3)) < 0.02
+
+
+def test_short_steps_lie_stiller_than_batches() -> None:
+    """On batches too small for their own quantiles, a tenth of the way each balances all tokens better."""
+    torch.manual_seed(0)
+    scores = _scores("sigmoid", 16, 40 * 128)
+    violation = {}
+    for step in (1.0, 0.1):
+        bias = _exact(scores, torch.zeros(16), 3)
+        after = []
+        for batch in scores.split(128):
+            bias = quantile_update(bias, margin_histogram(batch, bias, 3), 3, step)
+            after.append(float(max_vio(_load(scores, bias, 3))))
+        violation[step] = sum(after) / len(after)
+    assert violation[0.1] < 0.7 * violation[1.0]
+
+
+def test_the_balancer_takes_the_step() -> None:
+    """`quantile_step` reaches the rule: from zero biases, half of it is half of the bias."""
+    x = torch.randn(200, 16)
+    biases = []
+    for step in (1.0, 0.5):
+        layer = _layer()
+        balancer = Balancer(layer, method="quantile", quantile_step=step)
+        layer(x)
+        balancer.step()
+        biases.append(layer.router.expert_bias)
+    assert biases[0].abs().max() > 0
+    torch.testing.assert_close(biases[1], biases[0] / 2)
