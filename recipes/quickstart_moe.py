@@ -28,8 +28,8 @@ RECIPE = Recipe(
         max_steps=400, global_batch_size=8, seq_len=256, eval_every_tokens=100_000, checkpoint_every_steps=100
     ),
     optim=OptimConfig(lr=4e-3, warmup_steps=40),
-    # DeepSeek-V3's 0.001 is for runs of many thousand steps: 400 of them could move a bias by 0.4 at most
-    balance=BalanceConfig(method="sign", bias_update_speed=0.006),
+    # as DeepSeek-V3 balances, both numbers larger for a run of some hundred steps; measured in docs/balancing.md
+    balance=BalanceConfig(method="sign", bias_update_speed=0.002, sequence_loss_alpha=0.01),
 )
 
 if __name__ == "__main__":
