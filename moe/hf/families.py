@@ -13,7 +13,7 @@ __all__ = ["FAMILIES", "GQA_ONLY", "MLA_ONLY", "MOE_ONLY", "Family"]
 # Fields of ours that mean something only with one kind of attention, or only with experts.
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MLA_ONLY = frozenset({*_LATENT, "latent_norm_eps"})
-GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm", "clip_qkv"})
+GQA_ONLY = frozenset({"num_key_value_heads", "head_dim", "qk_norm", "attention_output_bias", "clip_qkv"})
 MOE_ONLY = frozenset(
     {
         "n_shared_experts", "n_null_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace",
@@ -149,6 +149,14 @@ _ALL = (
         fixed={"attention": "gqa", "qk_norm": "none"},
         absent={**_ABSENT, "attention_bias": False},
         refused={**_REFUSED, "mlp_bias": False},
+    ),
+    Family(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        fields={**_COMMON, **_GQA},
+        fixed={"attention": "gqa", "qk_norm": "none", "attention_bias": True, "attention_output_bias": False},
+        absent={**_ABSENT, "num_key_value_heads": 32},
+        refused=_REFUSED,
     ),
     Family(
         model_type="qwen3",

@@ -97,7 +97,8 @@ def family_of(config: ModelConfig) -> Family:
     elif config.qk_norm == "full":
         raise ConfigError("model.qk_norm='full' has no dense family in transformers: use 'head' or 'none'")
     else:
-        family = FAMILIES[{"none": "llama", "head": "qwen3"}[config.qk_norm]]
+        without_norms = "qwen2" if config.attention_bias and not config.has_output_bias else "llama"
+        family = FAMILIES[{"none": without_norms, "head": "qwen3"}[config.qk_norm]]
     for field in dataclasses.fields(config):
         name = field.name
         known = name in family.fields or name in _STRUCTURE | _HISTORY or name.startswith("rope_")

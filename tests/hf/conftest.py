@@ -12,7 +12,7 @@ from torch import nn
 import moe.hf
 from moe import ModelConfig, Transformer
 
-FAMILIES = ("deepseek_v3", "deepseek_v2", "mixtral", "qwen3_moe", "olmoe", "llama", "qwen3")
+FAMILIES = ("deepseek_v3", "deepseek_v2", "mixtral", "qwen3_moe", "olmoe", "llama", "qwen2", "qwen3")
 SEEDS = 30
 
 
@@ -44,7 +44,7 @@ def random_config(family: str, seed: int) -> ModelConfig:
         fields.update(_latent_attention(draw, even=family == "deepseek_v2"))
     else:
         fields.update(_grouped_attention(draw, family, heads))
-    if family not in ("llama", "qwen3"):
+    if family not in ("llama", "qwen2", "qwen3"):
         fields.update(_experts(draw, family, fields["num_hidden_layers"]))
     return ModelConfig(**fields)
 
@@ -91,7 +91,8 @@ def _grouped_attention(draw: random.Random, family: str, heads: int) -> dict[str
         num_key_value_heads=draw.choice((1, heads // 2, heads)),
         head_dim=draw.choice((None, 6, 16)) if free else None,
         rms_norm_eps=draw.choice((1e-6, 1e-5)),
-        attention_bias=family != "mixtral" and draw.random() < 0.5,
+        attention_bias=family == "qwen2" or (family != "mixtral" and draw.random() < 0.5),
+        attention_output_bias=False if family == "qwen2" else None,
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
         clip_qkv=draw.choice((None, None, 0.3, 1.0)) if family == "olmoe" else None,  # at times most entries
     )
