@@ -1,6 +1,8 @@
 """Auxiliary-loss-free balancing of any module that has routers with an expert bias."""
 
 import re
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,40 +35,36 @@ class Load:
         """Per router, (largest - mean) / mean."""
         return _numbers({name: balance.max_vio(load) for name, load in self.tokens_per_expert.items()})
 
-    def entropy(self) -> dict[str, float]:
-        """Per router, entropy of the load over ln E."""
-        return _numbers({name: balance.entropy(load) for name, load in self.tokens_per_expert.items()})
-
-    def dead_experts(self) -> dict[str, int]:
-        """Per router, experts without a token; null ones have nothing to die of."""
-        dead = _numbers({name: (self._real(name) == 0).sum() for name in self.tokens_per_expert})
-        return {name: int(number) for name, number in dead.items()}
-
-    def computed_share(self) -> float:
-        """Share of all choices that fell on real experts: 1 without null experts, or without any choice."""
-        real = sum(int(self._real(name).sum()) for name in self.tokens_per_expert)
-        every = sum(int(load.sum()) for load in self.tokens_per_expert.values())
-        return real / every if every else 1.0
+    def _with_nulls(self) -> list[tuple[str, Tensor]]:
+        return [(name, load) for name, load in self.tokens_per_expert.items() if self.null_experts.get(name)]
 
     def _real(self, name: str) -> Tensor:
         load = self.tokens_per_expert[name]
         return load[: len(load) - self.null_experts.get(name, 0)]
 
     def metrics(self) -> dict[str, float]:
-        """`router/*` as the trainer logs them: the worst layer's MaxVio and entropy, each layer's MaxVio, all dead."""
+        """`router/*` as the trainer logs them, of each layer (`router/max_vio/layer_03`) and over layers.
+
+        Over layers MaxVio and entropy are the worst layer's, dead experts all (null ones have nothing to die of), share
+        of choices that were computed and confidence the mean. One wait for the device.
+        """
         if not self.tokens_per_expert:
             return {}
-        max_vio = self.max_vio()
-        row = {
-            "router/max_vio": max(max_vio.values()),
-            "router/entropy": min(self.entropy().values()),
-            "router/dead_experts": sum(self.dead_experts().values()),
+        measures = {
+            "max_vio": {name: balance.max_vio(load) for name, load in self.tokens_per_expert.items()},
+            "entropy": {name: balance.entropy(load) for name, load in self.tokens_per_expert.items()},
+            "dead_experts": {name: (self._real(name) == 0).sum() for name in self.tokens_per_expert},
+            "computed_share": {name: self._real(name).sum() / load.sum() for name, load in self._with_nulls()},
+            "confidence": self.confidence,
         }
-        if self.null_experts:
-            row["router/computed_share"] = self.computed_share()
-        if self.confidence:
-            row["router/confidence"] = sum(_numbers(self.confidence).values()) / len(self.confidence)
-        return row | {f"router/max_vio/{_layer(name)}": value for name, value in max_vio.items()}
+        over_layers: dict[str, Callable[[list[float]], float]] = {
+            "max_vio": max,
+            "entropy": min,
+            "dead_experts": sum,
+            "computed_share": statistics.fmean,
+            "confidence": statistics.fmean,
+        }
+        return _by_layer(measures, over_layers)
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -160,10 +158,11 @@ class Balancer:
             else:
                 router.tokens_per_expert = None  # type: ignore[assignment]
 
-    def bias_range(self) -> float:
-        """The worst router's largest minus smallest expert bias, now; 0 without biases."""
-        biases = [router.expert_bias for router in self._routers.values() if isinstance(router.expert_bias, Tensor)]
-        return max(_numbers({str(n): b.max() - b.min() for n, b in enumerate(biases)}).values(), default=0.0)
+    def bias_metrics(self) -> dict[str, float]:
+        """`router/bias_range`: largest minus smallest expert bias, of each layer and the worst; none without biases."""
+        biases = {name: router.expert_bias for name, router in self._routers.items()}
+        ranges = {name: bias.max() - bias.min() for name, bias in biases.items() if isinstance(bias, Tensor)}
+        return _by_layer({"bias_range": ranges}, {"bias_range": max})
 
     def _collect(self) -> tuple[Load, dict[str, Tensor]]:
         """Load and margins since the last step, summed over ranks in one all-reduce; forgets them."""
@@ -246,6 +245,19 @@ def _numbers(tensors: dict[str, Tensor]) -> dict[str, float]:
     if not tensors:
         return {}
     return dict(zip(tensors, torch.stack([t.to(torch.float64) for t in tensors.values()]).tolist(), strict=True))
+
+
+def _by_layer(
+    measures: dict[str, dict[str, Tensor]], over_layers: dict[str, Callable[[list[float]], float]]
+) -> dict[str, float]:
+    """Measure -> router -> scalar as `router/MEASURE/LAYER`, and over the layers as `router/MEASURE`."""
+    flat = {f"router/{name}/{_layer(at)}": value for name, by in measures.items() for at, value in by.items()}
+    numbers = _numbers(flat)
+    row = {}
+    for name, by in measures.items():
+        if by:
+            row[f"router/{name}"] = over_layers[name]([numbers[f"router/{name}/{_layer(at)}"] for at in by])
+    return row | numbers
 
 
 def _layer(name: str) -> str:

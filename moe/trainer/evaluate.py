@@ -51,13 +51,7 @@ def evaluate(
         "eval/loss_se": math.sqrt(variance / number),
         "eval/bits_per_byte": mean / math.log(2) * facts.validation_tokens / facts.validation_bytes,
     }
-    if load.tokens_per_expert:
-        metrics["eval/max_vio"] = max(load.max_vio().values())
-        metrics["eval/entropy"] = min(load.entropy().values())
-        metrics["eval/dead_experts"] = sum(load.dead_experts().values())
-        if load.null_experts:
-            metrics["eval/computed_share"] = load.computed_share()
-    return metrics
+    return metrics | {name.replace("router/", "eval/", 1): value for name, value in load.metrics().items()}
 
 
 def _sequence_losses(model: nn.Module, ids: Tensor, end_token: int | None) -> Tensor:

@@ -191,9 +191,7 @@ class Loop:
             row["train/balance_loss"] = added[0]
         if self.recipe.model.num_nextn_predict_layers:
             row["train/mtp_loss"] = added[1]
-        row |= load.metrics()
-        if self.recipe.model.has_expert_bias:
-            row["router/bias_range"] = self.balancer.bias_range()
+        row |= load.metrics() | self.balancer.bias_metrics()
         self.tracking.log(row)
 
     def _check_finite(self, step: int) -> None:

@@ -1,5 +1,6 @@
 """What routers record: once per forward whatever recomputes it, compiled or not, in every precision."""
 
+import math
 import re
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_every_expert_has_a_gradient_with_or_without_tokens() -> None:
 
 
 def test_telemetry_is_what_the_routes_say() -> None:
-    """Confidence is the mean first weight before scaling; bias range and MaxVio come from the worst layer."""
+    """Of each layer and over layers: confidence is the mean first weight before scaling, the others by definition."""
     model = nn.ModuleDict({"layers": nn.ModuleList([_layer(routed_scaling_factor=2.5), _layer()])})
     balancer = Balancer(model, bias_update_speed=0.5)
     model["layers"][1].router.expert_bias[0] = 100.0
@@ -173,14 +174,26 @@ def test_telemetry_is_what_the_routes_say() -> None:
         weights.append(layer.router(x).topk_weight_TK[:, 0].mean() / layer.router.routed_scaling_factor)
     load = balancer.step()
     row = load.metrics()
-    assert set(row) == {
-        "router/max_vio", "router/entropy", "router/dead_experts", "router/confidence",
-        "router/max_vio/layer_00", "router/max_vio/layer_01",
-    }  # fmt: skip
+    measures = ("router/max_vio", "router/entropy", "router/dead_experts", "router/confidence")
+    assert set(row) == {f"{name}{at}" for name in measures for at in ("", "/layer_00", "/layer_01")}
+    for number, weight in enumerate(weights):
+        assert row[f"router/confidence/layer_0{number}"] == pytest.approx(weight.item(), abs=1e-5)
     assert row["router/confidence"] == pytest.approx((weights[0] + weights[1]).item() / 2, abs=1e-5)
+    loads = load.tokens_per_expert.values()
+    for number, load_E in enumerate(loads):
+        share = load_E.double() / load_E.sum()
+        entropy = -(share[share > 0] * share[share > 0].log()).sum() / math.log(len(share))
+        assert row[f"router/entropy/layer_0{number}"] == pytest.approx(entropy.item(), abs=1e-5)
+        assert row[f"router/dead_experts/layer_0{number}"] == int((load_E == 0).sum())
+    assert row["router/dead_experts"] == sum(int((load_E == 0).sum()) for load_E in loads)
+    assert row["router/entropy"] == min(row["router/entropy/layer_00"], row["router/entropy/layer_01"])
     assert row["router/max_vio/layer_01"] == row["router/max_vio"] == pytest.approx(3.0)  # expert 0 has all 30 of 7.5
     assert row["router/max_vio/layer_00"] < 3
     # expert 0 stepped down to 99.5; idle experts stepped up to 0.5, any busy one down
     biases = model["layers"][1].router.expert_bias
-    assert balancer.bias_range() == float(biases.max() - biases.min()) > 98
+    ranges = balancer.bias_metrics()
+    assert (
+        ranges["router/bias_range"] == ranges["router/bias_range/layer_01"] == float(biases.max() - biases.min()) > 98
+    )
+    assert ranges["router/bias_range/layer_00"] <= 1
     assert balancer.step().metrics() == {}
