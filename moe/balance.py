@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "MARGIN_BINS",
     "count_load",
     "entropy",
     "load_balancing_loss",
@@ -24,7 +25,7 @@ __all__ = [
 
 # Margins lie in bins that are even in asinh(margin / _WIDTH): fine where a balanced expert's quantile lies, near 0, and
 # of constant relative width away from it. So one set of bins suits sigmoid scores and softmax's much smaller ones.
-_BINS, _WIDTH, _LARGEST = 256, 1e-3, 8.0
+MARGIN_BINS, _WIDTH, _LARGEST = 256, 1e-3, 8.0
 _REACH = math.asinh(_LARGEST / _WIDTH)
 
 
@@ -56,15 +57,15 @@ def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int, counted
     """
     selection_TE = scores_TE + expert_bias
     margin_TE = selection_TE.topk(top_k + 1, dim=1).values[:, -1:] - selection_TE
-    position_TE = (torch.asinh(margin_TE / _WIDTH) / _REACH + 1) * (_BINS / 2)
+    position_TE = (torch.asinh(margin_TE / _WIDTH) / _REACH + 1) * (MARGIN_BINS / 2)
     experts = scores_TE.shape[1]
-    row_E = torch.arange(experts, device=scores_TE.device) * _BINS
-    index = (position_TE.long().clamp_(0, _BINS - 1) + row_E).flatten()
-    counts = torch.zeros(experts * _BINS, dtype=torch.int32, device=scores_TE.device)
+    row_E = torch.arange(experts, device=scores_TE.device) * MARGIN_BINS
+    index = (position_TE.long().clamp_(0, MARGIN_BINS - 1) + row_E).flatten()
+    counts = torch.zeros(experts * MARGIN_BINS, dtype=torch.int32, device=scores_TE.device)
     rows = torch.ones_like(index, dtype=torch.int32)
     if counted_T is not None:
         rows = rows.view(-1, experts).mul(counted_T.unsqueeze(1)).flatten()
-    return counts.scatter_add_(0, index, rows).view(experts, _BINS)
+    return counts.scatter_add_(0, index, rows).view(experts, MARGIN_BINS)
 
 
 def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int, step: float = 1.0) -> Tensor:
@@ -81,16 +82,15 @@ def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int, step: fl
     below = count.cumsum(1)
     wanted = below[:, -1:] * (top_k / histogram.shape[0])
     bin_ = (below < wanted).sum(1, keepdim=True)
-    inside = count.gather(1, bin_)
+    inside = count.gather(1, bin_).clamp_min(1)
     position = bin_ + 1 - (below.gather(1, bin_) - wanted) / inside
-    quantile = _WIDTH * torch.sinh((position * (2 / _BINS) - 1) * _REACH)
+    quantile = _WIDTH * torch.sinh((position * (2 / MARGIN_BINS) - 1) * _REACH)
     moved = expert_bias.to(torch.float64) + step * quantile.squeeze(1)
-    return (moved - moved.mean()).to(expert_bias.dtype)
+    # of no token at all there is no quantile: the biases stay
+    return torch.where(below[0, -1] > 0, (moved - moved.mean()).to(expert_bias.dtype), expert_bias)
 
 
-def load_balancing_loss(
-    scores_TE: Tensor, tokens_per_expert: Tensor, top_k: int, counted_T: Tensor | None = None
-) -> Tensor:
+def load_balancing_loss(scores_TE: Tensor, tokens_per_expert: Tensor, counted_T: Tensor | None = None) -> Tensor:
     """E * sum_i f_i P_i (arXiv:2101.03961 eqs 4-6), with f_i = load_i / (K T) and P_i the mean normalised score.
 
     1 at perfect balance, whatever K; E / K when every token chooses the same experts with all its score. Gradients
@@ -113,7 +113,8 @@ def sequence_loss(scores_TE: Tensor, top_k: int, sequences: int = 1, counted_T: 
     chosen = torch.zeros_like(scores_BSE).scatter_(-1, scores_BSE.detach().topk(top_k, dim=-1).indices, 1.0)
     counted_BS = None if counted_T is None else counted_T.view(sequences, -1)
     share = _mean(chosen, counted_BS, 1) * (experts / top_k)
-    return (share * _mean(_normalised(scores_BSE), counted_BS, 1)).sum(-1).mean()
+    losses_B = (share * _mean(_normalised(scores_BSE), counted_BS, 1)).sum(-1)
+    return _mean(losses_B.unsqueeze(-1), None if counted_BS is None else counted_BS.any(1), 0).squeeze(-1)
 
 
 def z_loss(logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from moe import balance
 from moe.config import BalanceConfig
 from moe.errors import ConfigError
 from moe.layers.router import LossWeights, Router
-from moe.parallel.ranks import all_reduce_sum
+from moe.parallel.ranks import all_reduce_sum, world_size
 
 __all__ = ["Balancer", "Load", "LoadCounter", "find_routers"]
 
@@ -118,6 +118,7 @@ class Balancer:
 
     def _configure(self, config: BalanceConfig) -> None:
         """Check that every router can be balanced so, and tell it what to record."""
+        config.check_contradictions()
         for name, router in self._routers.items():
             if config.moves_biases and router.expert_bias is None:
                 raise ConfigError(
@@ -170,19 +171,25 @@ class Balancer:
         margins: dict[str, Tensor] = {}
         first: dict[str, Tensor] = {}
         for name, router in self._routers.items():
-            if not isinstance(router.tokens_per_expert, Tensor):
+            recorded = router.tokens_per_expert
+            if isinstance(recorded, Tensor):
+                counts[name] = recorded
+            elif world_size() > 1:
+                counts[name] = _nothing(router)  # other ranks may have routed by it, and all must send alike
+            else:
                 continue
-            counts[name] = router.tokens_per_expert
-            if isinstance(router, Router) and router.first_choice is not None:
+            if isinstance(router, Router):
                 # a sum of integers does not depend on the order of ranks
-                first[name] = (router.first_choice * _FIXED_POINT).round().reshape(1)
-            if isinstance(router, Router) and router.margin_histogram is not None:
-                margins[name] = router.margin_histogram
+                choices = router.first_choice if router.first_choice is not None else counts[name].new_zeros(1)
+                first[name] = (choices.to(torch.float64) * _FIXED_POINT).round().reshape(1)
+                if router.collect_margins:
+                    empty = counts[name].new_zeros((len(counts[name]), balance.MARGIN_BINS))
+                    margins[name] = router.margin_histogram if router.margin_histogram is not None else empty
         self.skip()
         counts, margins, first = _sum_over_ranks(counts, margins, first)
         confidence = {
             # every token was counted K times
-            name: total[0] * self._top_k(name) / (_FIXED_POINT * counts[name].sum())
+            name: total[0] * self._top_k(name) / (_FIXED_POINT * counts[name].sum().clamp_min(1))
             for name, total in first.items()
         }
         return Load(counts, confidence, _null_experts(self._routers)), margins
@@ -201,29 +208,34 @@ class LoadCounter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._routers = find_routers(model)
+        self._routers = {name: router for name, router in find_routers(model).items() if isinstance(router, Router)}
         self._counts: dict[str, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
+    # state of the routers, not hooks: a compiled model looks at the one and is blind to the other
     def __enter__(self) -> "LoadCounter":
-        for name, router in self._routers.items():
-            self._handles.append(router.register_forward_hook(self._hook(name)))
+        for router in self._routers.values():
+            router.observed, router.observed_load = True, None
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._counts = self._so_far()
+        for router in self._routers.values():
+            router.observed, router.observed_load = False, None
 
     def load(self) -> Load:
         """What was counted, summed over ranks; every rank must call it."""
-        return Load(_sum_over_ranks(self._counts)[0], null_experts=_null_experts(self._routers))
+        return Load(_sum_over_ranks(self._so_far())[0], null_experts=_null_experts(dict(self._routers)))
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
-        def count(_module: nn.Module, _args: object, route) -> None:  # type: ignore[no-untyped-def]
-            counts = route.tokens_per_expert_E.detach()
-            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+    def _so_far(self) -> dict[str, Tensor]:
+        counts = {name: router.observed_load for name, router in self._routers.items()}
+        return self._counts | {name: count for name, count in counts.items() if count is not None}
 
-        return count
+
+def _nothing(router: nn.Module) -> Tensor:
+    """The load of a router that saw no token."""
+    like = router.weight if isinstance(router, Router) else router.expert_bias
+    assert isinstance(like, Tensor)
+    return torch.zeros(len(like), dtype=torch.int32, device=like.device)
 
 
 def _null_experts(routers: dict[str, nn.Module]) -> dict[str, int]:

@@ -124,8 +124,13 @@ class Transformer(nn.Module):
     def recompute(self, layers: int) -> None:
         """From now on, this many layers keep only input and routing decisions for the backward pass, of the first ones.
 
-        The rest is computed again there. Multi-token prediction modules come after the layers.
+        The rest is computed again there. Multi-token prediction modules come after the layers. For torch.compile this
+        sets `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`, for the whole process.
+
+        Raises ConfigError for more layers than there are.
         """
+        if not 0 <= layers <= len(self.layers) + len(self.mtp):
+            raise ConfigError(f"layers={layers} must be between 0 and {len(self.layers) + len(self.mtp)}, the model's")
         self._recomputed = layers
         # torch.compile refuses a checkpointed region that sets attributes, which a repetition would set again; routers
         # record their load in the first pass alone, and that is what this setting makes of it
@@ -141,7 +146,7 @@ class Transformer(nn.Module):
     def _loss(self, hidden_BSD: Tensor, labels: Tensor, lost: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of position s against label s + 1 over the labelled ones, where those `lost` count 0."""
         shifted = next_token_labels(labels)
-        count = (shifted != IGNORED).sum()
+        count = (shifted != IGNORED).sum().clamp_min(1)  # a micro-batch without labels adds nothing
         if lost is not None:
             shifted = shifted.masked_fill(lost, IGNORED)
         return self.lm_head(hidden_BSD, shifted) / count

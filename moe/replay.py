@@ -5,10 +5,12 @@ where the rollout did, for a tenth of all choices differ between two implementat
 and gradients are those of the scores at hand, and with the same weights everything is the same bit for bit.
 
 The file is safetensors: `ROUTER/N` (T, K), in the smallest integers that hold the expert numbers, for the N-th forward
-of each router. Every rank records its own tokens, into a file of its own.
+of each router. Every rank records its own tokens, into a file of its own. Within the `with` blocks compiled models run
+eagerly: what is recorded is Python's doing.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,30 @@ class RouteRecorder:
         self.routes: dict[str, list[Tensor]] = {name: [] for name in self._routers}
 
     def __enter__(self) -> "RouteRecorder":
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         for name, router in self._routers.items():
             self._handles.append(router.register_forward_hook(self._hook(name)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *reason: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._eager.__exit__(*reason)
+
+    def join(self, sequences: int) -> None:
+        """Make one forward of all recorded ones, each over the next tokens of the same `sequences` sequences.
+
+        So a rollout, a prompt and then token by token, can be replayed in one forward over the whole sequences. Raises
+        ConfigError when a forward's tokens are not `sequences` equal parts.
+        """
+        for name, routes in self.routes.items():
+            for number, route in enumerate(routes):
+                if len(route) % sequences:
+                    raise ConfigError(f"sequences={sequences}: forward {number} of {name} had {len(route)} tokens")
+            if routes:
+                parts = [route.view(sequences, -1, route.shape[1]) for route in routes]
+                self.routes[name] = [torch.cat(parts, dim=1).flatten(0, 1)]
 
     def save(self, file: str | Path) -> None:
         """Write what was recorded so far."""
@@ -52,7 +71,7 @@ class RouteRecorder:
         tensors = {f"{name}/{n}": route for name, routes in self.routes.items() for n, route in enumerate(routes)}
         save_file(tensors, file, metadata=_FORMAT)
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str) -> Callable[..., None]:
         def record(router: Router, _args: object, route: Any) -> None:
             if recomputation() == "":
                 self.routes[name].append(route.topk_index_TK.to("cpu", _smallest(len(router.weight))))
@@ -63,44 +82,54 @@ class RouteRecorder:
 class RouteReplay:
     """Sends tokens where a recording says, within a `with` block: forward N of a router takes its recorded choices N.
 
-    Raises CheckpointError when the file is no recording or is of other routers; ConfigError, at the forward in
-    question, when it has fewer forwards or was made of other numbers of tokens or choices.
+    A forward that activation checkpointing repeats takes the choices it took first, recognised by its input. Routers
+    the recording has none of, such as those of multi-token prediction in a recorded evaluation, choose freely.
+
+    Raises CheckpointError when the file is no recording, or has a router that the model has not; ConfigError, at the
+    forward in question, when it has fewer forwards or was made of other numbers of tokens or choices.
 
     >>> with RouteReplay(model, "routes.safetensors"): model(ids, labels=ids).loss.backward()
     """
 
     def __init__(self, model: nn.Module, file: str | Path) -> None:
-        self._routers = _routers(model)
         self._file = file
         self._routes = _read(Path(file))
-        self._done: dict[str, int] = dict.fromkeys(self._routers, 0)
-        if set(self._routes) != set(self._routers):
-            odd = sorted(set(self._routes) ^ set(self._routers))[0]
-            where = "the recording" if odd in self._routes else "the model"
-            raise CheckpointError(f"{file}: router {odd!r} is only in {where}; give a recording of the same model")
+        routers = _routers(model)
+        for name in self._routes:
+            if name not in routers:
+                raise CheckpointError(f"{file} has routes of {name!r}, which the model has not; give its own recording")
+        self._routers = {name: routers[name] for name in self._routes}
 
     def __enter__(self) -> "RouteReplay":
+        self._eager = torch.compiler.set_stance("force_eager")
+        self._eager.__enter__()
         for name, router in self._routers.items():
             router.choices = self._source(name, router)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *reason: Any) -> None:
         for router in self._routers.values():
             router.choices = None
+        self._eager.__exit__(*reason)
 
-    def _source(self, name: str, router: Router) -> Any:
-        def choices(tokens: int) -> Tensor:
-            # a recomputed forward is the one before, once more
-            number = self._done[name] - (recomputation() != "")
+    def _source(self, name: str, router: Router) -> Callable[[Tensor], Tensor]:
+        seen: list[bytes] = []  # of each forward so far, a number of every token: enough to know its input by
+
+        def choices(x_TD: Tensor) -> Tensor:
+            mark = x_TD.detach()[:, 0].float().cpu().numpy().tobytes()
+            if recomputation() == "":
+                seen.append(mark)
+                number = len(seen) - 1
+            else:
+                number = len(seen) - 1 - seen[::-1].index(mark)
             if number >= len(self._routes[name]):
                 raise ConfigError(f"{self._file} holds {number} forwards of {name}, and this is one more")
-            self._done[name] = number + 1
-            route, shape = self._routes[name][number], (tokens, router.num_experts_per_tok)
+            route, shape = self._routes[name][number], (len(x_TD), router.num_experts_per_tok)
             if route.shape != shape:
                 raise ConfigError(
                     f"{self._file}: forward {number} of {name} is {tuple(route.shape)}, and this is {shape}"
                 )
-            return route.to(router.weight.device, torch.int64)
+            return route.to(x_TD.device, torch.int64)
 
         return choices
 
@@ -119,11 +148,12 @@ def _read(file: Path) -> dict[str, list[Tensor]]:
     routes: dict[str, dict[int, Tensor]] = defaultdict(dict)
     try:
         with safe_open(file, framework="pt") as opened:
-            if (opened.metadata() or {}).get("format") != _FORMAT["format"]:
+            said = opened.metadata() or {}
+            if any(said.get(key) != value for key, value in _FORMAT.items()):
                 raise CheckpointError(f"{file} is no recording of routes: give a file that RouteRecorder.save wrote")
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 router, _, number = name.rpartition("/")
                 routes[router][int(number)] = opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); give a file that RouteRecorder.save wrote") from None
     return {name: [numbered[n] for n in sorted(numbered)] for name, numbered in routes.items()}

@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["layers.md"]
+# page -> what it takes for granted
+PAGES = {
+    "layers.md": "",
+    "balancing.md": """
+import torch
+from moe import Balancer, ModelConfig, Transformer
+model = Transformer(ModelConfig(
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+    kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=6,
+    num_experts_per_tok=2, moe_intermediate_size=12, num_nextn_predict_layers=1,
+))
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.randint(61, (2, 8))
+prompts = [[1, 2, 3], [4, 5, 6]]
+""",
+}
 # inductor takes half a minute a graph; it has a test of its own
 PRELUDE = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
 
@@ -31,7 +46,7 @@ def test_a_page_runs(page: str, tmp_path: Path) -> None:
     program = python_of((ROOT / "docs" / page).read_text(encoding="utf-8"))
     if "import transformers" in program or "from transformers" in program:
         pytest.importorskip("transformers", reason="the page shows its models (extra `hf`)")
-    code = f"{PRELUDE}exec(compile({program!r}, {page!r}, 'exec'), {{'__name__': '__main__'}})"
+    code = f"{PRELUDE}{PAGES[page]}\nexec(compile({program!r}, {page!r}, 'exec'), globals())"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

@@ -261,14 +261,16 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
-    """The last two experts stay empty."""
+    """The last two experts stay empty; one choice in some is of a null expert."""
     g = torch.Generator().manual_seed(0)
-    index = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)]).to(side.device)
+    index = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)])
+    index[::3, 0] = E
+    index = index.to(side.device)
     x = side.leaf(torch.randn(T, D, generator=g))
     gate_up = side.leaf(torch.randn(E, 2 * F, D, generator=g) / D**0.5)
     down = side.leaf(torch.randn(E, D, F, generator=g) / F**0.5)
     weight = torch.rand(T, K, generator=g).to(side.device).requires_grad_()  # fp32 on both sides
-    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, 0, side.backend)
+    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, 1, side.backend)
     y.backward(side.put(torch.randn(T, D, generator=g)), inputs=[x, gate_up, down, weight])
     return {"y": y, "dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
 

@@ -41,13 +41,22 @@ def num_parameters(config: "Architecture", *, active: bool = False) -> int:
     return sum(parameters(config, active=active).values())
 
 
-def flops_per_token(config: "Architecture", seq_len: int) -> float:
-    """Operations of one training step (forward and backward) per token, in sequences of `seq_len` tokens."""
+def flops_per_token(config: "Architecture", seq_len: int, computed_share: float | None = None) -> float:
+    """Operations of one training step (forward and backward) per token, in sequences of `seq_len` tokens.
+
+    computed_share: share of the experts chosen that were real, as measured (`router/computed_share`); None for what it
+        is at even load, which without null experts is 1.
+    """
     modules = config.num_nextn_predict_layers
     heads_width = config.num_attention_heads * (config.qk_head_dim + config.value_head_dim)
     attention = 6 * (config.num_hidden_layers + modules) * heads_width * seq_len / 2
     further = modules * (_mtp_module(config, active=True) + config.vocab_size * config.hidden_size)
-    return 6 * (num_parameters(config, active=True) + further) + attention
+    more = 0.0
+    if computed_share is not None and config.is_moe:
+        routed_layers = config.num_hidden_layers - config.first_k_dense_replace + modules
+        experts = config.num_experts_per_tok * computed_share - config.mean_experts_per_tok
+        more = routed_layers * experts * 3 * config.hidden_size * config.moe_intermediate_size
+    return 6 * (num_parameters(config, active=True) + further + more) + attention
 
 
 def twin_residual(config: "Architecture", twin: "Architecture", *, active: bool = True) -> float:

@@ -7,7 +7,7 @@ away included: that was paid for too.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,9 @@ class Run:
     devices: int
     device_uuids: frozenset[str]
     meter_notes: tuple[str, ...]
+    computed_share: float | None = (
+        None  # of all choices of experts, those that fell on real ones; logged with null ones
+    )
 
     @property
     def parameters_total(self) -> int:
@@ -77,7 +80,8 @@ class Run:
 
     @property
     def flops_per_token(self) -> float:
-        return accounting.flops_per_token(self.recipe.model, self.recipe.train.seq_len)
+        """What the routers really chose, where some choices are null; else what the configuration says."""
+        return accounting.flops_per_token(self.recipe.model, self.recipe.train.seq_len, self.computed_share)
 
     @property
     def hardware(self) -> str:
@@ -145,6 +149,7 @@ def load_run(path: str | Path) -> Run:
         devices=fold.devices_at_once,
         device_uuids=frozenset(device.uuid for device in fold.devices),
         meter_notes=tuple(printable(note) for note in fold.notes),
+        computed_share=_mean(row["router/computed_share"] for row in rows if "router/computed_share" in row),
     )
 
 
@@ -218,6 +223,12 @@ def _part(counted: float | None, recipe: Recipe, data: Mapping[str, Any]) -> int
     held = tokens // recipe.train.seq_len
     taken = (held if wanted is None else wanted) if counted is None else int(counted)
     return taken if taken < held else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """None of nothing."""
+    every = list(values)
+    return sum(every) / len(every) if every else None
 
 
 def _gain(fold: "Fold") -> float:

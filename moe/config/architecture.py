@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from moe.config.fields import Section, setting
+from moe.config.routing import routing_fault
 
 __all__ = ["Architecture"]
 
@@ -146,9 +147,6 @@ class Architecture(Section):
             self.fail("head_dim", "must be even: rotary positions turn pairs")
 
     def _check_experts(self) -> None:
-        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        if not 1 <= top_k <= experts:
-            self.fail("num_experts_per_tok", f"must be between 1 and n_routed_experts ({experts})")
         if self.moe_intermediate_size < 1:
             self.fail("moe_intermediate_size", "must be at least 1 when there are routed experts")
         if self.first_k_dense_replace >= self.num_hidden_layers:
@@ -156,21 +154,16 @@ class Architecture(Section):
                 "first_k_dense_replace",
                 f"leaves no layer for the experts: make it less than num_hidden_layers ({self.num_hidden_layers})",
             )
-        if self.n_null_experts and self.n_group > 1:
-            self.fail("n_null_experts", f"are in no group: leave n_group at 1, not {self.n_group}")
-        if experts % self.n_group:
-            self.fail("n_group", f"must divide n_routed_experts ({experts})")
-        if self.topk_group > self.n_group:
-            self.fail("topk_group", f"must not exceed n_group ({self.n_group})")
-        if self.topk_method == "greedy":
-            if self.n_group != 1:
-                self.fail("n_group", "needs topk_method group_limited_greedy or noaux_tc; greedy knows no groups")
-            return
-        per_group = experts // self.n_group
-        if top_k > self.topk_group * per_group:
-            self.fail("num_experts_per_tok", f"exceeds the {self.topk_group * per_group} experts of topk_group groups")
-        if self.topk_method == "noaux_tc" and self.n_group > 1 and per_group < 2:
-            self.fail("n_group", "leaves one expert a group; noaux_tc sums the two best of each group")
+        fault = routing_fault(
+            n_routed_experts=self.n_routed_experts,
+            n_null_experts=self.n_null_experts,
+            num_experts_per_tok=self.num_experts_per_tok,
+            topk_method=self.topk_method,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+        )
+        if fault:
+            self.fail(*fault)
 
     @property
     def is_moe(self) -> bool:

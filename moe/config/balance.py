@@ -23,7 +23,7 @@ class BalanceConfig(Section):
     bias_update_speed: float = setting(
         1e-3,
         above=0,
-        doc="size of one bias step; DeepSeek-V3 uses 0.001, a run of some hundred steps needs about 0.01",
+        doc="size of one bias step; DeepSeek-V3 uses 0.001, a run of some hundred steps needs a few times that",
     )
     centre: bool = setting(False, doc="sign: subtract the mean of the update over experts, so that biases do not drift")
     quantile_step: float = setting(

@@ -73,7 +73,9 @@ class TrainConfig(Section):
         0, at_least=0, doc="layers, from the first, whose activations are computed again instead of kept"
     )
     mtp_loss_weight: float = setting(
-        0.3, at_least=0, doc="weight of multi-token prediction's loss; DeepSeek-V3 ends with 0.1"
+        0.3,
+        at_least=0,
+        doc="weight of multi-token prediction's loss, for the whole run; DeepSeek-V3 used 0.3, then 0.1",
     )
     resume: str = setting("auto", doc="auto: go on from the newest whole checkpoint; never: a new run; or a checkpoint")
     eval_every_tokens: int = setting(100_000, at_least=1, doc="tokens between evaluations; one is made at the end too")
@@ -160,7 +162,8 @@ class Recipe:
             self.balance.fail(
                 "method", "moves expert biases, which only model.topk_method=noaux_tc has; use that, or none"
             )
-        self.balance.check_router(model.n_group, model.num_experts_per_tok, model.n_routed_experts)
+        choices = model.n_routed_experts + model.n_null_experts
+        self.balance.check_router(model.n_group, model.num_experts_per_tok, choices)
 
     def sections(self) -> dict[str, Section]:
         """Section objects by the word before the dot."""

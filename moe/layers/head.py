@@ -72,11 +72,13 @@ def _linear_cross_entropy(
     matrix = weight.to(hidden.dtype)
     total = hidden.new_zeros((), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
+    # chunks add up in fp32 even where the weight is bf16
+    summed = torch.promote_types(weight.dtype, torch.float32)
+    d_weight = torch.zeros(weight.shape if need_weight else 0, dtype=summed, device=weight.device)
     for first in range(0, hidden.shape[0], rows):
         chunk, label = hidden[first : first + rows], labels[first : first + rows]
         scored = (label != IGNORED).unsqueeze(1)
-        target = label.clamp_min(0).unsqueeze(1)
+        target = torch.where(scored, label.unsqueeze(1), 0)
         logits = (chunk @ matrix.t()).float()
         log_sum = logits.logsumexp(1, keepdim=True)
         total += torch.where(scored, log_sum - logits.gather(1, target), 0.0).sum()
@@ -87,11 +89,12 @@ def _linear_cross_entropy(
         d_logits = d_logits.to(hidden.dtype)
         if need_hidden:
             torch.mm(d_logits, matrix, out=d_hidden[first : first + rows])
-        if need_weight and weight.dtype == hidden.dtype:
+        if need_weight and d_weight.dtype == hidden.dtype:
             d_weight.addmm_(d_logits.t(), chunk)
         elif need_weight:
             d_weight += d_logits.t() @ chunk
-    return total, d_hidden, d_weight
+        del logits, d_logits  # before the next chunk's are made
+    return total, d_hidden, d_weight.to(weight.dtype)
 
 
 @_linear_cross_entropy.register_fake

@@ -4,7 +4,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from moe.errors import ConfigError
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
 from moe.layers.router import Router
@@ -57,17 +56,6 @@ class MoE(nn.Module):
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= num_experts_per_tok <= n_routed_experts:
-            raise ConfigError(
-                f"num_experts_per_tok={num_experts_per_tok} must be between 1 and n_routed_experts ({n_routed_experts})"
-            )
-        if n_null_experts and n_group > 1:
-            raise ConfigError(f"n_null_experts={n_null_experts} are in no group: leave n_group at 1, not {n_group}")
-        if n_routed_experts % n_group or not 1 <= topk_group <= n_group:
-            raise ConfigError(
-                f"n_group={n_group} must divide n_routed_experts ({n_routed_experts}) "
-                f"and topk_group={topk_group} must be between 1 and n_group"
-            )
         self.router = Router(
             hidden_size,
             n_routed_experts,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import balance
+from moe.config.routing import routing_fault
 from moe.errors import ConfigError
 from moe_kernels import RouteResult, topk_route
 
@@ -41,7 +42,8 @@ class Router(nn.Module):
     `first_choice` adds up the weight of each token's first expert, before scaling; `collect_margins`, set by
     `moe.Balancer` for quantile balancing, adds up `margin_histogram` (E, bins).
 
-    `choices`, set by `moe.RouteReplay`, gives the experts to take in place of the largest scores.
+    `choices`, set by `moe.RouteReplay`, gives the experts to take in place of the largest scores. While `observed` is
+    set, by `moe.balancer.LoadCounter`, every forward adds to `observed_load`, in whatever mode.
 
     `loss_weights` is None unless `moe.Balancer` asks for losses; training forwards then leave theirs in
     `balance_loss`, for `take_balance_loss`.
@@ -65,7 +67,8 @@ class Router(nn.Module):
     first_choice: Tensor | None
     loss_weights: LossWeights | None
     balance_loss: Tensor | None
-    choices: Callable[[int], Tensor] | None
+    choices: Callable[[Tensor], Tensor] | None
+    observed_load: Tensor | None
 
     def __init__(
         self,
@@ -83,12 +86,23 @@ class Router(nn.Module):
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
+        arguments = {
+            "n_routed_experts": n_routed_experts, "n_null_experts": n_null_experts,
+            "num_experts_per_tok": num_experts_per_tok, "topk_method": topk_method, "n_group": n_group,
+            "topk_group": topk_group,
+        }  # fmt: skip
+        fault = routing_fault(**arguments)  # type: ignore[arg-type]
+        if fault:
+            name, mend = fault
+            raise ConfigError(f"{name}={arguments[name]!r} {mend}")
         choices = n_routed_experts + n_null_experts
         self.weight = nn.Parameter(torch.empty(choices, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         bias = torch.zeros(choices, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("expert_bias", bias)
         self.choices = None
+        self.observed = False
+        self.observed_load = None
         self.collect_margins = False
         self.loss_weights = None
         self.forget()
@@ -127,11 +141,16 @@ class Router(nn.Module):
             topk_group=self.topk_group,
             norm_topk_prob=self.norm_topk_prob,
             routed_scaling_factor=self.routed_scaling_factor,
-            chosen_TK=None if self.choices is None else self.choices(len(x_TD)),
+            chosen_TK=None if self.choices is None else self.choices(x_TD),
             backend=self.backend,
         )
+        loads_E = route.tokens_per_expert_E
+        if counted_T is not None:
+            loads_E = balance.count_load(route.topk_index_TK, len(self.weight), counted_T)
+        if self.observed:
+            self.observed_load = _plus(self.observed_load, loads_E)
         if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
-            self._record(route, logits_TE, sequences, counted_T)
+            self._record(route._replace(tokens_per_expert_E=loads_E), logits_TE, sequences, counted_T)
         return route
 
     def forget(self) -> None:
@@ -179,9 +198,7 @@ class Router(nn.Module):
         total = logits_TE.new_zeros(())
         if weights.aux:
             loads = route.tokens_per_expert_E
-            total = total + weights.aux * balance.load_balancing_loss(
-                route.scores_TE, loads, self.num_experts_per_tok, counted_T
-            )
+            total = total + weights.aux * balance.load_balancing_loss(route.scores_TE, loads, counted_T)
         if weights.sequence:
             total = total + weights.sequence * balance.sequence_loss(
                 route.scores_TE, self.num_experts_per_tok, sequences, counted_T

@@ -153,3 +153,24 @@ def test_the_loss_must_be_a_number(make_run, steps, loss):
 def test_there_must_be_a_run():
     with pytest.raises(CompareError, match="no run to compare"):
         compare([])
+
+
+def test_flops_are_those_of_the_experts_really_chosen(make_run, steps):
+    """A run with null experts logs what share of its choices was real; the mean over its rows counts."""
+    nulls = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_null_experts": 4, "moe_intermediate_size": 8,
+        "topk_method": "noaux_tc",
+    }  # fmt: skip
+    path = make_run("nulls", steps(4.0, 3.0), model=nulls)
+    even = load_run(path)
+    assert even.computed_share is None
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line, share in zip([line for line in lines if "train/loss" in line], (0.25, 0.5), strict=True):
+        line["router/computed_share"] = share
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measured = load_run(path)
+    assert measured.computed_share == 0.375
+    config = measured.recipe.model
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    saved = 6 * config.num_hidden_layers * expert * 2 * (0.5 - 0.375)
+    assert even.flops_per_token - measured.flops_per_token == pytest.approx(saved)

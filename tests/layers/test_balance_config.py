@@ -1,5 +1,7 @@
 """Balancing settings that contradict each other or the model are one sentence, from a recipe and from a Balancer."""
 
+from typing import Any
+
 import pytest
 
 from moe.balancer import Balancer
@@ -60,6 +62,29 @@ def test_a_balancer_refuses_what_a_recipe_does(changes: dict[str, int]) -> None:
     settings = dict(hidden_size=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8) | changes
     with pytest.raises(ConfigError, match=r"balance\.method='quantile'"):
         Balancer(MoE(**settings), method="quantile")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "aux_loss"}, "needs balance.aux_loss_alpha above 0"),
+        ({"method": "none", "aux_loss_alpha": 0.1}, "contradicts balance.method=none"),
+        ({"method": "quantile", "centre": True}, "is for balance.method=sign"),
+    ],
+)
+def test_a_balancer_refuses_contradictions(settings: dict[str, Any], sentence: str) -> None:
+    """What a recipe refuses, a Balancer made by hand refuses too."""
+    with pytest.raises(ConfigError, match=sentence):
+        Balancer(MoE(16, 8, 2, 8), **settings)
+
+
+def test_all_experts_and_null_ones_can_be_balanced_by_quantiles() -> None:
+    """K = E leaves a cut-off when there are null choices; recipe and layer agree."""
+    Balancer(MoE(16, 4, 4, 8, n_null_experts=2), method="quantile")
+    words = ["balance.method=quantile", "model.num_experts_per_tok=6"]
+    parse_overrides(RECIPE, [*words, "model.n_null_experts=2"])
+    with pytest.raises(ConfigError, match=r"balance\.method='quantile'"):
+        parse_overrides(RECIPE, words)
 
 
 def test_losses_need_our_routers() -> None:

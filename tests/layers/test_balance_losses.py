@@ -28,11 +28,11 @@ def _transformer() -> Transformer:
 def test_load_balancing_loss_by_hand() -> None:
     """1 at perfect balance for any K; E/K when all agree; in between E sum f P, with gradients through P alone."""
     even = torch.eye(4).roll(1, 0) + torch.eye(4)  # every expert chosen twice with K = 2, each with half the score
-    assert float(load_balancing_loss(even, torch.tensor([2, 2, 2, 2]), 2)) == pytest.approx(1.0)
+    assert float(load_balancing_loss(even, torch.tensor([2, 2, 2, 2]))) == pytest.approx(1.0)
     agreed = torch.tensor([[1.0, 0, 0, 0]]).repeat(5, 1)
-    assert float(load_balancing_loss(agreed, torch.tensor([5, 0, 0, 0]), 1)) == pytest.approx(4.0)
+    assert float(load_balancing_loss(agreed, torch.tensor([5, 0, 0, 0]))) == pytest.approx(4.0)
     scores = torch.tensor([[0.6, 0.2, 0.2], [0.3, 0.9, 0.3]], requires_grad=True)
-    loss = load_balancing_loss(scores, torch.tensor([2, 2, 0]), 2)
+    loss = load_balancing_loss(scores, torch.tensor([2, 2, 0]))
     mean = [(0.6 + 0.2) / 2, (0.2 + 0.6) / 2, (0.2 + 0.2) / 2]
     assert loss.item() == pytest.approx(3 * (0.5 * mean[0] + 0.5 * mean[1]))
     loss.backward()
@@ -86,7 +86,7 @@ def test_a_layer_leaves_its_weighted_losses_once() -> None:
     layer.router.register_forward_hook(lambda module, args, route: seen.extend((route[2], route[3], args[0])))
     layer(torch.randn(3, 10, 16))
     scores, counts, x = seen
-    want = 0.3 * load_balancing_loss(scores, counts, 2) + 0.2 * sequence_loss(scores, 2, 3)
+    want = 0.3 * load_balancing_loss(scores, counts) + 0.2 * sequence_loss(scores, 2, 3)
     want = want + 0.1 * z_loss(x @ layer.router.weight.T)
     taken = take_balance_loss(layer)
     assert taken is not None
@@ -127,7 +127,7 @@ def test_the_transformers_loss_is_the_mean_over_layers() -> None:
     seen = []
     for layer in model.layers[1:]:
         layer.mlp.router.register_forward_hook(
-            lambda module, args, route: seen.append(load_balancing_loss(route[2], route[3], 2))
+            lambda module, args, route: seen.append(load_balancing_loss(route[2], route[3]))
         )
     out = model(ids, labels=ids)
     assert len(seen) == 2
@@ -152,3 +152,15 @@ def test_an_auxiliary_loss_balances() -> None:
     assert violations[0] > 1
     assert violations[-1] < 0.5 * violations[0]
     assert torch.equal(layer.router.expert_bias, torch.zeros(8))
+
+
+def test_sequences_of_padding_have_no_part() -> None:
+    """The mean is over sequences that hold a token: a batch is not better balanced for being padded."""
+    scores = torch.rand(12, 5)
+    alone = sequence_loss(scores[:6], 2, 1)
+    counted = torch.tensor([True] * 6 + [False] * 6)
+    torch.testing.assert_close(sequence_loss(scores, 2, 2, counted), alone)
+    torch.testing.assert_close(
+        sequence_loss(scores, 2, 2, torch.ones(12, dtype=torch.bool)), sequence_loss(scores, 2, 2)
+    )
+    assert sequence_loss(scores, 2, 2, torch.zeros(12, dtype=torch.bool)) == 0

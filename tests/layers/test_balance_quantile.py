@@ -1,5 +1,7 @@
 """Quantile balancing: the histogram finds the exact quantile's biases, for any scores, whatever the micro-batches."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -161,3 +163,16 @@ def test_the_balancer_takes_the_step() -> None:
         biases.append(layer.router.expert_bias)
     assert biases[0].abs().max() > 0
     torch.testing.assert_close(biases[1], biases[0] / 2)
+
+
+def test_biases_stay_where_no_token_was_counted() -> None:
+    """A batch of padding alone has no quantile: neither NaN nor a move, and telemetry that is finite."""
+    start = torch.tensor([0.5, -0.25, 0.0, 0.5])
+    assert torch.equal(quantile_update(start, torch.zeros(4, 256, dtype=torch.int32), 2), start)
+    layer = MoE(16, 4, num_experts_per_tok=2, moe_intermediate_size=8)
+    balancer = Balancer(layer, method="quantile")
+    layer(torch.randn(5, 16), torch.zeros(5, dtype=torch.bool)).sum().backward()
+    row = balancer.step().metrics()
+    assert all(math.isfinite(value) for value in row.values()), row
+    assert layer.router.expert_bias is not None
+    assert not layer.router.expert_bias.any()

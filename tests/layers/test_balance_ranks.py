@@ -56,6 +56,11 @@ def _rank(method: str, folder: Path, rank: int) -> None:
         seen["local"].append(torch.stack(local).sum(0).tolist())
         seen["global"].append(load.tokens_per_expert["router"].tolist())
         seen["bias"].append([value.hex() for value in layer.router.expert_bias.tolist()])
+    if rank == 0:  # and once only one rank has anything to tell
+        layer(torch.randn(4, 10, 16)).sum().backward()
+        seen["alone"] = layer.router.tokens_per_expert.tolist()
+    last = balancer.step().tokens_per_expert["router"]
+    seen["last"] = [last.tolist(), [value.hex() for value in layer.router.expert_bias.tolist()]]
     seen["confidence"] = load.metrics()["router/confidence"].hex()
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
@@ -122,6 +127,12 @@ def test_a_rank_without_tokens_for_an_expert_waits_for_nobody(ranks: list[dict[s
     """Rank 1 never used expert 0 at first, and all steps went through."""
     assert ranks[1]["local"][0][0] == 0
     assert ranks[0]["local"][0][0] > 0
+
+
+def test_a_rank_that_routed_nothing_waits_for_nobody(ranks: list[dict[str, Any]]) -> None:
+    """Its zeros join the sum, and its biases move with the other's."""
+    assert ranks[0]["last"] == ranks[1]["last"]
+    assert ranks[0]["last"][0] == ranks[0]["alone"]
 
 
 if __name__ == "__main__":

@@ -104,6 +104,23 @@ def test_the_bias_steers_selection_but_not_the_output_of_the_chosen() -> None:
     torch.testing.assert_close(route.topk_weight_TK.sum(1), torch.ones(10))
 
 
+def test_load_counter_sees_a_compiled_model() -> None:
+    """Compiled before the block, counted in it, and again in another block; without a new graph each time."""
+    layer = MoE(16, 8, num_experts_per_tok=2, moe_intermediate_size=8).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        compiled(x)
+        for _ in range(3):
+            with LoadCounter(layer) as counter:
+                compiled(x)
+                compiled(x)
+            assert int(counter.load().tokens_per_expert["router"].sum()) == 20
+        with torch.compiler.set_stance("fail_on_recompile"), LoadCounter(layer) as counter:
+            compiled(x)
+    assert int(counter.load().tokens_per_expert["router"].sum()) == 10
+
+
 def test_any_module_that_follows_the_protocol_is_balanced() -> None:
     """An expert bias and a count are all the balancer asks for, whoever wrote the module."""
 
@@ -144,6 +161,10 @@ def test_balancing_balances() -> None:
     ("changes", "sentence"),
     [
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok=9 must be between 1 and n_routed_experts \(8\)"),
+        ({"topk_method": "best"}, "topk_method='best' must be one of greedy, group_limited_greedy, noaux_tc"),
+        ({"n_group": 4, "num_experts_per_tok": 3}, "num_experts_per_tok=3 exceeds the 2 experts of topk_group groups"),
+        ({"n_null_experts": -2}, "n_null_experts=-2 must be at least 0"),
+        ({"topk_method": "greedy", "n_group": 4}, "n_group=4 needs topk_method group_limited_greedy or noaux_tc"),
         ({"n_group": 3}, r"n_group=3 must divide n_routed_experts \(8\)"),
     ],
 )

@@ -68,6 +68,28 @@ def test_autocast_sums_the_weight_gradient_in_fp32(monkeypatch: pytest.MonkeyPat
     assert (found - exact).norm() / exact.norm() < 2**-8
 
 
+def test_a_bf16_weights_gradient_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 chunks are as exact as one."""
+    torch.manual_seed(0)
+    head = OutputHead(16, 50).to(torch.bfloat16)
+    hidden, labels = torch.randn(512, 16, dtype=torch.bfloat16), torch.randint(50, (512,))
+    exact = torch.autograd.grad(_plain(head.double(), hidden.double(), labels), head.weight)[0]
+    head.to(torch.bfloat16)
+    errors = []
+    for rows in (512, 8):
+        monkeypatch.setattr(head_file, "_CHUNK_LOGITS", 50 * rows)
+        found = torch.autograd.grad(head(hidden, labels), head.weight)[0]
+        assert found.dtype == torch.bfloat16
+        errors.append(float((found.double() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_label_that_is_no_word_is_not_trained_as_one() -> None:
+    """-1 is not -100: an error, as from torch's cross-entropy."""
+    with pytest.raises(RuntimeError, match="index -1 is out of bounds"):
+        OutputHead(4, 9)(torch.randn(2, 4), torch.tensor([3, -1]))
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     """A frozen head or frozen states; and no gradient work at all without gradients."""
     head, labels = OutputHead(4, 9), torch.randint(9, (6,))

@@ -207,7 +207,9 @@ def _train(model: Transformer, call: Callable[..., Any], steps: int) -> list[dic
         row: dict[str, Tensor] = {}
         for micro in range(2):
             ids = torch.randint(61, (2, 12), generator=generator)
-            out = call(ids, labels=ids)
+            documents = torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3, [0] * 12]) if micro else None
+            labels = ids if documents is None else ids.masked_fill(documents < 0, -100)
+            out = call(ids, labels=labels, document_ids=documents)
             (out.loss + 0.3 * out.mtp_loss + out.balance_loss).backward()
             row |= {f"loss {micro}": out.loss.detach(), f"mtp_loss {micro}": out.mtp_loss.detach()}
         for name, parameter in model.named_parameters():
@@ -266,9 +268,9 @@ def test_a_checkpointed_model() -> None:
     """The whole forward in one region, as FSDP wrappers do it: the same loss, gradients and loads bit by bit."""
     eager, again = _transformer(), _transformer()
 
-    def call(ids: Tensor, labels: Tensor) -> Any:
+    def call(ids: Tensor, **inputs: Any) -> Any:
         def losses() -> Any:
-            out = again(ids, labels=labels)
+            out = again(ids, **inputs)
             return out.loss, out.mtp_loss, out.balance_loss
 
         loss, mtp_loss, balance_loss = checkpoint(losses, use_reentrant=False)

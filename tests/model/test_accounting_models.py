@@ -240,6 +240,10 @@ def test_null_experts_count_by_what_is_computed() -> None:
     assert parameters(halved, active=True) == {**three, "router": 2 * three["router"]}
     assert parameters(halved) == {**parameters(model), "router": 2 * three["router"]}
     assert flops_per_token(model, 4096) - flops_per_token(halved, 4096) == 6 * 26 * (3 * 3 * 2048 * 1408 - 64 * 2048)
+    # measured: a share of 1/3 is two experts of six
+    third = flops_per_token(halved, 4096, computed_share=1 / 3)
+    assert flops_per_token(halved, 4096) - third == pytest.approx(6 * 26 * 3 * 2048 * 1408)
+    assert flops_per_token(halved, 4096, computed_share=0.5) == flops_per_token(halved, 4096)
     assert halved.dense_twin().intermediate_size == model.replace(num_experts_per_tok=3).dense_twin().intermediate_size
 
 

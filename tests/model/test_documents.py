@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.balancer import Balancer
+from moe.balancer import Balancer, LoadCounter
 from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.errors import ConfigError
@@ -86,3 +86,20 @@ def test_not_over_a_cache(model: Transformer) -> None:
     ids = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ConfigError, match="document_ids are for whole sequences"):
         model(ids, cache=Cache(model.config, 1, 8), document_ids=ids)
+
+
+def test_nothing_labelled_adds_nothing(model: Transformer) -> None:
+    """A micro-batch of padding alone: loss 0, gradients 0, no NaN."""
+    ids = torch.zeros(1, 6, dtype=torch.int64)
+    out = model(ids, labels=torch.full_like(ids, -100), document_ids=torch.full_like(ids, -1))
+    (out.loss + out.mtp_loss).backward()
+    assert out.loss == out.mtp_loss == 0
+    assert not model.lm_head.weight.grad.any()
+
+
+def test_an_evaluation_does_not_count_padding(model: Transformer) -> None:
+    """What LoadCounter sees is what the balancer would."""
+    ids = torch.randint(61, (1, 9))
+    with LoadCounter(model) as counter, torch.no_grad():
+        model(ids, document_ids=torch.tensor([[0] * 6 + [-1] * 3]))
+    assert {int(load.sum()) for load in counter.load().tokens_per_expert.values()} == {12}

@@ -78,17 +78,83 @@ def test_other_weights_keep_the_choices(tmp_path: Path) -> None:
             parameter.add_(0.01 * torch.randn_like(parameter))
     with RouteRecorder(rollout) as recorder, torch.no_grad():
         rollout(ids)
-    # a rollout has no multi-token prediction, so neither does what replays it
-    trainer.mtp = torch.nn.ModuleList()
-    del recorder.routes[ROUTERS[2]]
     recorder.save(tmp_path / "routes")
     with RouteReplay(trainer, tmp_path / "routes"), RouteRecorder(trainer) as seen:
-        trainer(ids, labels=ids).loss.backward()
+        out = trainer(ids, labels=ids)  # with multi-token prediction, which a rollout has none of
+        (out.loss + out.mtp_loss).backward()
+    assert len(seen.routes[ROUTERS[2]]) == 1
     for name in ROUTERS[:2]:
         assert torch.equal(seen.routes[name][0], recorder.routes[name][0])
     gradient = find_routers(trainer)[ROUTERS[0]].weight.grad
     assert gradient is not None
     assert gradient.abs().max() > 0  # type: ignore[operator]
+
+
+def test_a_rollout_token_by_token_is_one_forward_of_training(tmp_path: Path) -> None:
+    """Prompt, then a token at a time over a cache: joined, the routes are those of the whole sequences."""
+    model = _model()
+    prompts = torch.randint(61, (2, 4))
+    with RouteRecorder(model) as recorder:
+        new = torch.tensor(model.generate(prompts.tolist(), 5))
+    assert len(recorder.routes[ROUTERS[0]]) == 5
+    recorder.join(2)
+    recorder.save(tmp_path / "routes")
+    whole = torch.cat((prompts, new[:, :-1]), dim=1)  # the last token was never passed on
+    with RouteRecorder(model) as seen, torch.no_grad():
+        model(whole)
+    assert torch.equal(seen.routes[ROUTERS[0]][0], recorder.routes[ROUTERS[0]][0])
+    _disturb(model)
+    with RouteReplay(model, tmp_path / "routes"), RouteRecorder(model) as seen:
+        model(whole, labels=whole).loss.backward()
+    assert torch.equal(seen.routes[ROUTERS[0]][0], recorder.routes[ROUTERS[0]][0])
+    with pytest.raises(ConfigError, match="sequences=3: forward 0 of"):
+        recorder.join(3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_repeated_forward_takes_its_own_choices(reentrant: bool, together: bool, tmp_path: Path) -> None:
+    """Two checkpointed forwards, with a backward pass after each or one after both: the gradients without replay."""
+    torch.manual_seed(0)
+    layer = MoE(16, 8, num_experts_per_tok=2, moe_intermediate_size=8)
+    xs = [torch.randn(5, 16, requires_grad=True) for _ in range(2)]
+
+    def run() -> list[torch.Tensor]:
+        losses = [checkpoint(layer, x, use_reentrant=reentrant).square().sum() for x in xs[: 2 if together else 0]]
+        if together:
+            sum(losses).backward()  # type: ignore[union-attr]
+        else:
+            for x in xs:
+                checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+        grads = [x.grad for x in xs]
+        for x in xs:
+            x.grad = None
+        return grads  # type: ignore[return-value]
+
+    with RouteRecorder(layer) as recorder:
+        wanted = run()
+    recorder.save(tmp_path / "routes")
+    with torch.no_grad():
+        layer.router.expert_bias.copy_(torch.arange(8.0))  # type: ignore[union-attr]
+    with RouteReplay(layer, tmp_path / "routes"):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_compiled_model_is_recorded_and_replayed_eagerly(tmp_path: Path) -> None:
+    """Compiled before the block, it would be blind to the recorder; after the block it is compiled again."""
+    model = _model().eval()
+    ids = torch.randint(61, (2, 10))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    wanted = compiled(ids).hidden
+    with RouteRecorder(model) as recorder:
+        compiled(ids)
+    assert len(recorder.routes[ROUTERS[0]]) == 1
+    recorder.save(tmp_path / "routes")
+    _disturb(model)
+    with RouteReplay(model, tmp_path / "routes"):
+        torch.testing.assert_close(compiled(ids).hidden, wanted, atol=1e-5, rtol=1e-5)
+    assert (compiled(ids).hidden - wanted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -138,8 +204,13 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
     with RouteRecorder(layer) as recorder:
         layer(torch.randn(5, 16))
     recorder.save(tmp_path / "routes")
-    with pytest.raises(CheckpointError, match=r"router 'layers.1.mlp.router' is only in the model"):
+    with pytest.raises(CheckpointError, match=r"has routes of 'router', which the model has not"):
         RouteReplay(_model(), tmp_path / "routes")
+    save_file(
+        {"router/x": torch.zeros(1)}, tmp_path / "foreign", metadata={"format": "frugal-moe routes", "version": "1"}
+    )
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        RouteReplay(layer, tmp_path / "foreign")
     with (
         RouteReplay(layer, tmp_path / "routes"),
         pytest.raises(ConfigError, match=r"is \(5, 2\), and this is \(6, 2\)"),
