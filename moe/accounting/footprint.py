@@ -28,7 +28,7 @@ def memory(
         among it, and the output head's gradients, which it works out in the forward pass.
 
     The Triton backend keeps the same of the routed experts. What else a GPU's kernels keep is unmeasured. Not counted:
-    document masks, balance losses, what an operation needs while it runs (such as 1 GB in the output head), and what the
+    document masks, balance losses, what an operation needs while it runs (1 GB in the output head), and what the
     allocator rounds up.
 
     Args:
