@@ -92,8 +92,9 @@ class Transformer(nn.Module):
                 against label s + 1.
             position_ids: (B, S) integers; None for 0 … S-1, or for those that follow the cached tokens.
             cache: earlier tokens of these sequences, to attend to; the new ones are added to it.
-            document_ids: (B, S) integers; a token attends only to tokens of its own document. -1 is padding, which is
-                no load to balance; give it the label -100. Rotary positions are relative, so they need no restart.
+            document_ids: (B, S) integers, alike and side by side for the tokens of a document, which attend only to one
+                another. -1 is padding, which is no load to balance; give it the label -100. Rotary positions are
+                relative, so they need no restart.
 
         Raises:
             ConfigError: `cache` together with `document_ids`.
