@@ -7,7 +7,8 @@ away included: that was paid for too.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,7 @@ class Run:
     devices: int
     device_uuids: frozenset[str]
     meter_notes: tuple[str, ...]
-    computed_share: float | None = (
-        None  # of all choices of experts, those that fell on real ones; logged with null ones
-    )
+    computed_share: float | None = None  # of choices of experts, those of real ones; None without null ones
 
     @property
     def parameters_total(self) -> int:
@@ -125,6 +124,7 @@ def load_run(path: str | Path) -> Run:
     _check_whole(name, rows, fold)
     total = fold.total
     data = _object(directory, directory.data)
+    shares = [row["router/computed_share"] for row in rows if "router/computed_share" in row]
     curve = [_point(name, row, fold, recipe, data) for row in rows if "eval/loss" in row]
     if not curve:
         raise CompareError(f"{name} has no evaluation yet, so it has no loss to compare; let it reach its first one")
@@ -149,7 +149,7 @@ def load_run(path: str | Path) -> Run:
         devices=fold.devices_at_once,
         device_uuids=frozenset(device.uuid for device in fold.devices),
         meter_notes=tuple(printable(note) for note in fold.notes),
-        computed_share=_mean(row["router/computed_share"] for row in rows if "router/computed_share" in row),
+        computed_share=statistics.fmean(shares) if shares else None,
     )
 
 
@@ -223,12 +223,6 @@ def _part(counted: float | None, recipe: Recipe, data: Mapping[str, Any]) -> int
     held = tokens // recipe.train.seq_len
     taken = (held if wanted is None else wanted) if counted is None else int(counted)
     return taken if taken < held else None
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    """None of nothing."""
-    every = list(values)
-    return sum(every) / len(every) if every else None
 
 
 def _gain(fold: "Fold") -> float:

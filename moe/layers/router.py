@@ -95,10 +95,10 @@ class Router(nn.Module):
         if fault:
             name, mend = fault
             raise ConfigError(f"{name}={arguments[name]!r} {mend}")
-        choices = n_routed_experts + n_null_experts
-        self.weight = nn.Parameter(torch.empty(choices, hidden_size))
+        rows = n_routed_experts + n_null_experts
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
-        bias = torch.zeros(choices, dtype=torch.float32) if topk_method == "noaux_tc" else None
+        bias = torch.zeros(rows, dtype=torch.float32) if topk_method == "noaux_tc" else None
         self.register_buffer("expert_bias", bias)
         self.choices = None
         self.observed = False
