@@ -1,9 +1,14 @@
 """Configuration: frozen dataclasses that check themselves, and the command-line words that set their fields."""
 
 from moe.config.balance import BalanceConfig
+from moe.config.data import DataConfig
 from moe.config.model import ModelConfig
+from moe.config.optim import OptimConfig
 from moe.config.parse import parse_overrides
-from moe.config.train import DataConfig, EnergyConfig, OptimConfig, Recipe, RunConfig, TrackingConfig, TrainConfig
+from moe.config.recipe import Recipe
+from moe.config.run import EnergyConfig, RunConfig
+from moe.config.tracking import TrackingConfig
+from moe.config.train import TrainConfig
 
 __all__ = [
     "BalanceConfig",

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Sequence
 
 from moe.config.fields import convert, describe_type, nearest
-from moe.config.train import Recipe
+from moe.config.recipe import Recipe
 from moe.errors import ConfigError
 
 __all__ = ["help_text", "parse_overrides"]

@@ -1,0 +1,26 @@
+"""The section `tracking`: where metrics go besides metrics.jsonl."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe.config.fields import Section, nearest, setting
+from moe.errors import ConfigError
+
+__all__ = ["TrackingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    section_name: ClassVar[str] = "tracking"
+
+    trackers: tuple[str, ...] = setting((), doc="wandb, or none; without an API key wandb writes offline files")
+    project: str = setting("frugal-moe", doc="project the tracker files the run under")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("wandb",)
+        for tracker in self.trackers:
+            if tracker not in known:
+                raise ConfigError(f"tracking.trackers={tracker!r} is not a tracker{nearest(tracker, (*known, 'none'))}")
