@@ -25,9 +25,15 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    may_change: bool = False,
 ) -> Any:
-    """A dataclass field with its one-line meaning and the range its numbers must lie in."""
-    metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    """A dataclass field with its one-line meaning and the range its numbers must lie in.
+
+    `may_change`: a resumed run may have another value: how long, how watched, how saved; never what is learnt.
+    """
+    metadata = {
+        "doc": doc, "at_least": at_least, "above": above, "at_most": at_most, "below": below, "may_change": may_change
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 

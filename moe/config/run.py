@@ -15,7 +15,7 @@ class RunConfig(Section):
     section_name: ClassVar[str] = "run"
 
     name: str = setting(doc="folder of the run below run.directory")
-    directory: str = setting("runs", doc="folder that holds the runs")
+    directory: str = setting("runs", doc="folder that holds the runs", may_change=True)
     seed: int = setting(0, at_least=0, at_most=2**31 - 1, doc="seed of the initial weights and of the data order")
 
 
@@ -26,6 +26,6 @@ class EnergyConfig(Section):
     section_name: ClassVar[str] = "energy"
 
     declared_power_w: float | None = setting(
-        None, above=0, doc="watts to assume for a machine without sensors; none for the stated default"
+        None, above=0, doc="watts to assume for a machine without sensors; none for the stated default", may_change=True
     )
-    interval_s: float = setting(1.0, at_least=0.1, at_most=60, doc="seconds between sensor readings")
+    interval_s: float = setting(1.0, at_least=0.1, at_most=60, doc="seconds between sensor readings", may_change=True)

@@ -15,8 +15,10 @@ class TrackingConfig(Section):
 
     section_name: ClassVar[str] = "tracking"
 
-    trackers: tuple[str, ...] = setting((), doc="wandb, or none; without an API key wandb writes offline files")
-    project: str = setting("frugal-moe", doc="project the tracker files the run under")
+    trackers: tuple[str, ...] = setting(
+        (), doc="wandb, or none; without an API key wandb writes offline files", may_change=True
+    )
+    project: str = setting("frugal-moe", doc="project the tracker files the run under", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,30 +14,43 @@ class TrainConfig(Section):
 
     section_name: ClassVar[str] = "train"
 
-    max_steps: int = setting(1000, at_least=1, doc="optimizer steps of the whole run")
+    max_steps: int = setting(1000, at_least=1, doc="optimizer steps of the whole run", may_change=True)
     global_batch_size: int = setting(8, at_least=1, doc="sequences an optimizer step, over all ranks")
     micro_batch_size: int | None = setting(
-        None, at_least=1, doc="sequences a rank passes at once; none for global_batch_size / ranks"
+        None, at_least=1, doc="sequences a rank passes at once; none for global_batch_size / ranks", may_change=True
     )
     seq_len: int = setting(256, at_least=2, doc="tokens a sequence")
     precision: Literal["fp32", "bf16"] = setting("fp32", doc="dtype of matrix products; master weights stay fp32")
-    compile: bool = setting(False, doc="torch.compile the model")
+    compile: bool = setting(False, doc="torch.compile the model", may_change=True)
     recompute_layers: int = setting(
-        0, at_least=0, doc="layers, from the first, whose activations are computed again instead of kept"
+        0,
+        at_least=0,
+        doc="layers, from the first, whose activations are computed again instead of kept",
+        may_change=True,
     )
     mtp_loss_weight: float = setting(
         0.3,
         at_least=0,
         doc="weight of multi-token prediction's loss, for the whole run; DeepSeek-V3 used 0.3, then 0.1",
     )
-    resume: str = setting("auto", doc="auto: go on from the newest whole checkpoint; never: a new run; or a checkpoint")
-    eval_every_tokens: int = setting(100_000, at_least=1, doc="tokens between evaluations; one is made at the end too")
+    resume: str = setting(
+        "auto", doc="auto: go on from the newest whole checkpoint; never: a new run; or a checkpoint", may_change=True
+    )
+    eval_every_tokens: int = setting(
+        100_000, at_least=1, doc="tokens between evaluations; one is made at the end too", may_change=True
+    )
     eval_sequences: int | None = setting(None, at_least=1, doc="validation sequences an evaluation; none for all")
-    checkpoint_every_steps: int = setting(200, at_least=1, doc="steps between checkpoints; one is made at the end too")
-    keep_checkpoints: int = setting(2, at_least=1, doc="newest checkpoints kept")
-    log_every_steps: int = setting(1, at_least=1, doc="steps between lines in metrics.jsonl")
-    max_kwh: float | None = setting(None, above=0, doc="stop with a checkpoint when the run has used this much")
-    max_device_hours: float | None = setting(None, above=0, doc="stop with a checkpoint after this many device-hours")
+    checkpoint_every_steps: int = setting(
+        200, at_least=1, doc="steps between checkpoints; one is made at the end too", may_change=True
+    )
+    keep_checkpoints: int = setting(2, at_least=1, doc="newest checkpoints kept", may_change=True)
+    log_every_steps: int = setting(1, at_least=1, doc="steps between lines in metrics.jsonl", may_change=True)
+    max_kwh: float | None = setting(
+        None, above=0, doc="stop with a checkpoint when the run has used this much", may_change=True
+    )
+    max_device_hours: float | None = setting(
+        None, above=0, doc="stop with a checkpoint after this many device-hours", may_change=True
+    )
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches a rank passes before each optimizer step. Raises ConfigError when the batch does not divide."""

@@ -1,5 +1,6 @@
 """Where a run starts: anew, from its newest whole checkpoint, or from a named one."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +12,6 @@ from moe.errors import CheckpointError, CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
 
 __all__ = ["Start", "discard_later", "find_start"]
-
-# what may differ between a run and its continuation: how long, how watched, how saved; never what is learnt
-_MAY_CHANGE = {
-    "run": {"directory"},
-    "train": {
-        "checkpoint_every_steps",
-        "compile",
-        "eval_every_tokens",
-        "keep_checkpoints",
-        "log_every_steps",
-        "max_device_hours",
-        "max_kwh",
-        "max_steps",
-        "micro_batch_size",
-        "recompute_layers",
-        "resume",
-    },
-    "tracking": {"trackers", "project"},
-    "energy": {"declared_power_w", "interval_s"},
-}
 
 
 @dataclass(frozen=True)
@@ -110,12 +91,13 @@ def _check_same(recipe: Recipe, run: RunDir) -> None:
         before = run.read_json(run.config)
     except CompareError as error:
         raise ConfigError(f"run.name={recipe.run.name!r}: {error}") from None
-    for section, fields in recipe.to_dict().items():
-        for name, value in fields.items():
-            old = before.get(section, {}).get(name)
-            if name not in _MAY_CHANGE.get(section, ()) and old != value:
+    for name, section in recipe.sections().items():
+        for field in dataclasses.fields(section):
+            value = section.to_dict()[field.name]
+            old = before.get(name, {}).get(field.name)
+            if not field.metadata["may_change"] and old != value:
                 raise ConfigError(
-                    f"{section}.{name}={_show(value)} differs from run {recipe.run.name!r}, which has {_show(old)}; "
+                    f"{name}.{field.name}={_show(value)} differs from run {recipe.run.name!r}, which has {_show(old)}; "
                     "choose another run.name for a new run"
                 )
 
