@@ -23,7 +23,7 @@ from moe.layers.rope import Rotary, rotary_tables
 from moe.layers.router import take_balance_loss
 from moe.rundir import write_json
 
-__all__ = ["ModelOutput", "Transformer"]
+__all__ = ["ModelOutput", "Transformer", "write_pretrained"]
 
 
 @dataclass
@@ -212,16 +212,17 @@ class Transformer(nn.Module):
         return accounting.num_parameters(self.config, active=active)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors. A tied matrix is stored once, under the embedding's name."""
-        from safetensors.torch import save_file
-
+        """Write config.json and model.safetensors, which `from_pretrained` reads."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        write_pretrained(directory, self.config, self.stored_weights())
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """What model.safetensors holds, by name. A tied matrix is stored once, under the embedding's name."""
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
-        save_file(state, directory / "model.safetensors")
-        write_json(directory / "config.json", {"format": "frugal-moe", "model": self.config.to_dict()})
+        return state
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Transformer":
@@ -261,6 +262,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=config.initializer_range * (scale if scaled else 1.0))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def write_pretrained(directory: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """The two files of `save_pretrained` from tensors named as `stored_weights` names them."""
+    from safetensors.torch import save_file
+
+    save_file(weights, directory / "model.safetensors")
+    write_json(directory / "config.json", {"format": "frugal-moe", "model": config.to_dict()})
 
 
 # What a recomputed layer keeps besides its input: the chosen experts, their weights and scores, a few numbers a token.

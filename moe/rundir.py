@@ -8,6 +8,8 @@
       metrics.jsonl      append-only, one object a line (below)
       ledger.jsonl       energy ledger of the first node; ledger.nodeN.jsonl on the others
       checkpoints/       step_NNNNNNNN/ with a manifest of checksums
+      skipped.json       batches that rollbacks passed over, when there were any
+      profile/           traces of torch's profiler, when they were asked for
 
 The trainer writes these files; tracking, `moe compare` and `moe energy` read them, offline, as often as wanted.
 
@@ -43,6 +45,8 @@ class RunDir:
         self.tokenizer = self.root / "tokenizer.json"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
+        self.skipped = self.root / "skipped.json"
+        self.profile = self.root / "profile"
 
     @classmethod
     def named(cls, name: str, runs: str | Path = "runs") -> "RunDir":

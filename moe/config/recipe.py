@@ -43,6 +43,8 @@ class Recipe:
         layers = self.model.num_hidden_layers + depths
         if self.train.recompute_layers > layers:
             self.train.fail("recompute_layers", f"exceeds the model's layers: at most {layers}")
+        if self.train.max_cost is not None and self.energy.has_no_price:
+            self.train.fail("max_cost", "needs energy.price_per_device_hour or energy.price_per_kwh above 0; set one")
         self.balance.check_contradictions()
         if self.model.is_moe:
             self._check_routers()

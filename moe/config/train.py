@@ -44,12 +44,43 @@ class TrainConfig(Section):
         200, at_least=1, doc="steps between checkpoints; one is made at the end too", may_change=True
     )
     keep_checkpoints: int = setting(2, at_least=1, doc="newest checkpoints kept", may_change=True)
+    keep_every_steps: int | None = setting(
+        None, at_least=1, doc="checkpoints of steps divisible by this are kept for ever; none for none", may_change=True
+    )
+    background_checkpoints: bool = setting(
+        True, doc="write checkpoints while training goes on, from a copy of the state in memory", may_change=True
+    )
+    on_spike: Literal["stop", "skip", "rollback"] = setting(
+        "stop",
+        doc="when loss or gradient are not finite, or spike: end the run, leave the update out, or go back to the "
+        "newest checkpoint and pass over the batches since",
+        may_change=True,
+    )
+    spike_sigmas: float | None = setting(
+        None,
+        above=0,
+        doc="a loss or gradient norm this many standard deviations above those of the last 128 steps is a spike; none: "
+        "only what is not finite",
+        may_change=True,
+    )
     log_every_steps: int = setting(1, at_least=1, doc="steps between lines in metrics.jsonl", may_change=True)
     max_kwh: float | None = setting(
         None, above=0, doc="stop with a checkpoint when the run has used this much", may_change=True
     )
     max_device_hours: float | None = setting(
         None, above=0, doc="stop with a checkpoint after this many device-hours", may_change=True
+    )
+    max_cost: float | None = setting(
+        None, above=0, doc="stop with a checkpoint at this cost, by the prices in section energy", may_change=True
+    )
+    profile_at_step: int | None = setting(
+        None,
+        at_least=1,
+        doc="trace three steps from this one with torch's profiler, into the run's folder profile",
+        may_change=True,
+    )
+    breakdown_every_steps: int = setting(
+        20, at_least=1, doc="steps between those whose time is split into components", may_change=True
     )
 
     def accumulation(self, ranks: int) -> int:

@@ -6,15 +6,20 @@ it starts several processes that each believe they are alone, without a word.
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from moe.checkpoint import Snapshot, capture, load_checkpoint
 from moe.config import TrainConfig
 from moe.errors import ConfigError
+from moe.model import Transformer
 from moe.parallel import ranks
 
 __all__ = ["Engine"]
@@ -40,7 +45,7 @@ class Engine:
         self.ranks = ranks.world_size()
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model wrapped for several ranks."""
+        """The model wrapped for several ranks; call it for the forward pass."""
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; the name it offers instead is not known to torch 2.11
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
@@ -56,11 +61,42 @@ class Engine:
         """Around a micro-batch's forward and backward: gradients travel between ranks after the last one only."""
         return nullcontext() if last else self._accelerator.no_sync(model)
 
+    def backward(self, objective: Tensor) -> None:
+        """Add the gradient of a micro-batch's objective, already divided by the number of micro-batches."""
+        objective.backward()
+
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the gradient of the global batch to at most `max_norm`; return its norm before."""
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the optimizer and forget the gradients."""
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def drop(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients without a step."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def capture(
+        self, model: Transformer, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, copy: bool
+    ) -> Snapshot | None:
+        """The run as it is now, on the rank that writes checkpoints; None on others. Every rank must call it."""
+        return capture(model, optimizer, state, copy=copy) if ranks.is_first() else None
+
+    def load(self, checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put a checkpoint into model, optimizer and random generators; return its stored state."""
+        return load_checkpoint(checkpoint, model, optimizer)
+
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy a CPU tensor to the device, without waiting on a GPU."""
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def release(self) -> None:
+        """Forget the prepared model, so that another can take its place in memory."""
+        self._accelerator.free_memory()
 
     def close(self) -> None:
         """Leave the process group, so that no rank warns about it at exit."""

@@ -1,5 +1,6 @@
 """The trainer: one loop, its evaluation, and how it stops."""
 
 from moe.trainer.entry import main, train
+from moe.trainer.hooks import Hooks, Objective
 
-__all__ = ["main", "train"]
+__all__ = ["Hooks", "Objective", "main", "train"]

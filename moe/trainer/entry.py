@@ -1,5 +1,6 @@
 """Making a run's parts in the right order, and a recipe's command line."""
 
+import dataclasses
 import errno
 import signal
 import sys
@@ -10,7 +11,6 @@ from typing import NoReturn
 import torch
 
 from moe.balancer import Balancer
-from moe.checkpoint import load_checkpoint
 from moe.config import Recipe, parse_overrides
 from moe.config.parse import help_text
 from moe.data import TokenData, load_corpus, prepare
@@ -23,6 +23,7 @@ from moe.parallel.engine import Engine
 from moe.rundir import RunDir, write_json
 from moe.tracking import Tracking
 from moe.trainer.environment import describe
+from moe.trainer.hooks import Hooks
 from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import StopRequest
@@ -33,7 +34,7 @@ __all__ = ["main", "train"]
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def main(recipe: Recipe, words: Sequence[str] | None = None) -> None:
+def main(recipe: Recipe, words: Sequence[str] | None = None, *, hooks: Hooks | None = None) -> None:
     """A recipe file's entry: apply the command line's `section.field=value` words, train, exit.
 
     A MoEError becomes its one sentence on the first local rank's stderr, and exit code 2. A run stopped by a signal
@@ -44,7 +45,7 @@ def main(recipe: Recipe, words: Sequence[str] | None = None) -> None:
         print(help_text(recipe))
         return
     try:
-        outcome = train(parse_overrides(recipe, words))
+        outcome = train(parse_overrides(recipe, words), hooks=hooks)
     except MoEError as error:
         _exit(str(error))
     except OSError as error:
@@ -56,19 +57,33 @@ def main(recipe: Recipe, words: Sequence[str] | None = None) -> None:
         raise SystemExit(128 + signal.Signals[outcome.reason])
 
 
-def train(recipe: Recipe) -> Outcome:
+def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
     """Train `recipe` to its end, a budget or a signal, resuming where its run directory stands.
+
+    `hooks` replace the objective, or add to the evaluation; see `moe.trainer.Hooks`.
 
     Raises ConfigError, DataError, CheckpointError, LedgerError, SensorError or TrainingError; the run directory is
     whole whatever happens, and signals are handled as before the call once it is over.
     """
     run = RunDir.named(recipe.run.name, recipe.run.directory)
+    hooks = hooks or Hooks()
     with ExitStack() as closing:
         stop = StopRequest()
         closing.callback(stop.restore)
         engine = Engine(recipe.train)
         closing.callback(engine.close)
         recipe.train.accumulation(engine.ranks)
+        outcome = _segment(recipe, run, engine, hooks, stop)
+        while outcome.reason == "rollback":
+            engine.release()
+            again = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume="auto"))
+            outcome = _segment(again, run, engine, hooks, stop)
+        return outcome
+
+
+def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: StopRequest) -> Outcome:
+    """From where the run directory stands to the end, or to a rollback; one segment of the ledger and the metrics."""
+    with ExitStack() as closing:
         start = find_start(recipe, run)
         _check_agreement(start, engine)
         for complaint in start.complaints:
@@ -88,14 +103,15 @@ def train(recipe: Recipe) -> Outcome:
             for discarded in discard_later(run, start):
                 _say(f"set aside: {discarded}, which is beyond step {start.step}")
             write_json(run.config, recipe.to_dict())
-            write_json(run.environment, describe(engine.device, meter.device_uuids))
+            write_json(run.environment, describe(engine.device, meter.device_uuids, hooks))
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
         closing.callback(tracking.close)
         meter.phase("data")
         data = _data(recipe, run, trained=start.trained)
         meter.phase("idle")
-        outcome = _loop(recipe, run, engine, start, data, meter, tracking, stop).steps(start.step)
-        _say(_farewell(run, outcome))
+        outcome = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop).steps()
+        if outcome.reason != "rollback":
+            _say(_farewell(run, outcome))
         return outcome
 
 
@@ -105,6 +121,7 @@ def _loop(
     engine: Engine,
     start: Start,
     data: TokenData,
+    hooks: Hooks,
     meter: TrainingMeter,
     tracking: Tracking,
     stop: StopRequest,
@@ -113,14 +130,18 @@ def _loop(
     torch.manual_seed(recipe.run.seed)
     model = Transformer(recipe.model).to(engine.device)
     optimizer = build_optimizer(model, recipe.optim)
+    state = {}
     if start.checkpoint:
-        load_checkpoint(start.checkpoint, model, optimizer)
+        state = engine.load(start.checkpoint, model, optimizer)
         _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
     model.recompute(recipe.train.recompute_layers)
     if recipe.train.compile:
         model.compile()
     balancer = Balancer(model, **recipe.balance.to_dict())
-    return Loop(recipe, run, engine, model, engine.prepare(model), optimizer, balancer, data, meter, tracking, stop)
+    return Loop(
+        recipe, run, engine, model, optimizer, balancer, data, hooks, meter, tracking, stop,
+        first_step=start.step, state=state,
+    )  # fmt: skip
 
 
 def _check_agreement(start: Start, engine: Engine) -> None:

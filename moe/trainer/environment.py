@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from moe.parallel import ranks
+from moe.trainer.hooks import Hooks
 
 __all__ = ["describe", "device_uuid"]
 
 _PACKAGES = ("frugal-moe", "torch", "triton", "accelerate", "numpy", "safetensors", "tokenizers", "nvidia-ml-py")
 
 
-def describe(device: torch.device, device_uuids: list[str]) -> dict[str, Any]:
+def describe(device: torch.device, device_uuids: list[str], hooks: Hooks) -> dict[str, Any]:
     """Commit, versions, devices and launch of this process's run."""
     cuda = device.type == "cuda"
     return {
@@ -25,6 +26,7 @@ def describe(device: torch.device, device_uuids: list[str]) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if cuda else _processor(),
         "device_type": device.type,
         "devices": device_uuids,
+        "hooks": None if type(hooks) is Hooks else f"{type(hooks).__module__}.{type(hooks).__qualname__}",
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -1,44 +1,53 @@
 """The training loop, read top to bottom.
 
-A step: its batch is a pure function of (seed, step); micro-batches pass forward and backward, their loss weighted so
-that gradients are those of the whole global batch's mean; gradients are clipped; AdamW steps; the balancer moves the
-expert biases. Balance losses and multi-token prediction's are added for the backward only: train/loss is cross-entropy
-alone.
-The meter is told at each turn what the process is doing, and never waits for a GPU.
+Each turn: the step's batches, which are a pure function of (seed, step); one optimizer step (`moe.trainer.step`); a
+metrics row; then, when due, an evaluation and a checkpoint. The meter is told at each turn what the process is doing,
+and never waits for a GPU.
 """
 
 import math
 import sys
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from moe.balancer import Balancer, Load
-from moe.checkpoint import prune, save_checkpoint
+from moe.balancer import Balancer
+from moe.checkpoint import Saver, newest_whole, step_of
 from moe.config import Recipe
 from moe.data import Sequences, TokenData
-from moe.data.sequences import document_ids
 from moe.errors import TrainingError
 from moe.model import Transformer
-from moe.optim import learning_rate, set_learning_rate
 from moe.parallel import ranks
 from moe.parallel.engine import Engine
 from moe.rundir import RunDir
 from moe.tracking import Tracking
+from moe.trainer import memory
+from moe.trainer.breakdown import Breakdown
 from moe.trainer.evaluate import evaluate
+from moe.trainer.hooks import Hooks
 from moe.trainer.metering import Cost, TrainingMeter
+from moe.trainer.profile import Profile
 from moe.trainer.signals import StopRequest
+from moe.trainer.spikes import PassedOver, SpikeGuard
+from moe.trainer.step import Stepper, StepResult
+from moe.trainer.telemetry import Telemetry
 
 __all__ = ["Loop", "Outcome"]
+
+_MOST_SKIPS = 10  # in a row: the fault is then not in the batch
+_MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a loop ended. `reason`: complete, budget, or the name of a signal. `metrics`: the last evaluation."""
+    """How a loop ended. `reason`: complete, budget, rollback, or the name of a signal. `metrics`: the last evaluation.
+
+    After a rollback the run is to be started again from its newest checkpoint.
+    """
 
     step: int
     reason: str
@@ -46,7 +55,11 @@ class Outcome:
 
 
 class Loop:
-    """Everything a step needs, and the steps. The parts are made by `moe.trainer.train`."""
+    """Everything a step needs, and the steps. The parts are made by `moe.trainer.train`.
+
+    Args:
+        state: what the checkpoint of step `first_step` stored, or nothing.
+    """
 
     def __init__(
         self,
@@ -54,156 +67,212 @@ class Loop:
         run: RunDir,
         engine: Engine,
         model: Transformer,
-        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         balancer: Balancer,
         data: TokenData,
+        hooks: Hooks,
         meter: TrainingMeter,
         tracking: Tracking,
         stop: StopRequest,
+        *,
+        first_step: int,
+        state: dict[str, Any],
     ) -> None:
-        self.recipe, self.run, self.engine = recipe, run, engine
-        self.model, self.wrapped, self.optimizer, self.balancer = model, wrapped, optimizer, balancer
-        self.meter, self.tracking, self.stop = meter, tracking, stop
-        self.facts = data.facts
-        self.end_token = data.end_token if recipe.data.mask_documents else None
         train = recipe.train
-        self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
-        self.eval_sequences = Sequences(data.validation, train.seq_len, None)
-        if len(self.eval_sequences) < engine.ranks:
-            train.fail("seq_len", f"leaves {len(self.eval_sequences)} validation sequences for {engine.ranks} ranks")
-        self._totals_before: Tensor | None = None  # the step before's totals
-        self._last_step: tuple[Tensor, Tensor] | None = None  # the last step's totals and gradient norm
+        self.recipe, self.run, self.engine, self.hooks = recipe, run, engine, hooks
+        self.model, self.optimizer, self.balancer = model, optimizer, balancer
+        self.meter, self.tracking, self.stop = meter, tracking, stop
+        self.first_step = first_step
         self.accumulation = train.accumulation(engine.ranks)
         self.micro_batch = train.global_batch_size // (engine.ranks * self.accumulation)
         self.tokens_per_step = train.global_batch_size * train.seq_len
 
-    def steps(self, first: int) -> Outcome:
-        """Train from step `first` to the end, a budget, or a signal; always ends in a checkpoint."""
+        self.facts = data.facts
+        self.end_token = data.end_token if recipe.data.mask_documents else None
+        self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
+        self.eval_sequences = Sequences(data.validation, train.seq_len, None)
+        if len(self.eval_sequences) < engine.ranks:
+            train.fail("seq_len", f"leaves {len(self.eval_sequences)} validation sequences for {engine.ranks} ranks")
+        self.passed_over = PassedOver(run)
+
+        watched = train.on_spike != "stop" or train.spike_sigmas is not None
+        self.guard = SpikeGuard(train.spike_sigmas, state.get("recent_steps", ())) if watched else None
+        self.skipped_in_a_row = 0
+        self.breakdown = Breakdown(model, engine.device, ranks=engine.ranks, inside=not train.compile)
+        self.stepper = Stepper(
+            recipe, engine, model, optimizer, balancer, hooks, meter, self.guard, self.breakdown, self.end_token
+        )
+        self.telemetry = Telemetry(recipe, engine.device, engine.ranks, self.breakdown, first_step=first_step)
+        self.profile = Profile(run.profile, train.profile_at_step)
+        self.saver = Saver(
+            run.checkpoints,
+            keep=train.keep_checkpoints,
+            keep_every_steps=train.keep_every_steps,
+            background=train.background_checkpoints,
+        )
+        self._last: StepResult | None = None
+        self._before_last: StepResult | None = None
+
+    def steps(self) -> Outcome:
+        """Train to the end, a budget, a signal or a rollback; always ends in a checkpoint, but for the last.
+
+        Raises TrainingError when training cannot go on: what was saved before is whole then.
+        """
         train = self.recipe.train
         bar = tqdm(
-            total=train.max_steps, initial=first, unit="step", desc=self.recipe.run.name,
+            total=train.max_steps, initial=self.first_step, unit="step", desc=self.recipe.run.name,
             disable=not ranks.is_first(), mininterval=0.5 if sys.stderr.isatty() else 15, dynamic_ncols=True,
         )  # fmt: skip
-        with bar:
-            return self._steps(first, bar)
+        try:
+            with bar:
+                return self._steps(bar)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            at = bar.n + 1
+            raise TrainingError(memory.explain(self.recipe, self.micro_batch, at, self.engine.device)) from None
+        finally:
+            self.profile.close()
+            self.saver.close()
 
-    def _steps(self, first: int, progress: tqdm) -> Outcome:
+    def _steps(self, progress: tqdm) -> Outcome:
         train = self.recipe.train
-        step, reason, metrics = first, "complete", {}
-        rate = _Rate(self.tokens_per_step, first)
-        if first == 0:
+        step, reason, metrics = self.first_step, "complete", {}
+        if step == 0:
             metrics = self._evaluate(0)
         while step < train.max_steps and reason == "complete":
-            rate.start()
-            totals, norm, load = self._step(step)
+            self.telemetry.start()
+            wanted = (step + 1) % train.breakdown_every_steps == 0
+            with self.profile.step(step + 1), self.breakdown.measured(wanted):
+                result = self._step(step)
+            if result.refused and self._refuse(step, result) == "rollback":
+                return Outcome(step, "rollback")
             step += 1
             self.meter.progress(step, step * self.tokens_per_step)
-            logged = step % train.log_every_steps == 0 or step == train.max_steps
-            if logged:
-                loss, *added, _ = totals.tolist()
+            if step % train.log_every_steps == 0 or step == train.max_steps:
                 cost = self.meter.cost()
-                self._log(step, loss, added, norm, load, cost, rate.stop(step))
-                progress.set_postfix_str(_postfix(loss, metrics, cost), refresh=False)
-                if _spent(cost, train.max_kwh, train.max_device_hours):
+                self._log(step, result, cost)
+                progress.set_postfix_str(_postfix(result.logged()["train/loss"], metrics, cost), refresh=False)
+                if self._spent(cost):
                     reason = "budget"
             else:
-                rate.pause()
+                self.telemetry.pause()
             progress.update()
-            if self._asked_to_stop(totals):
+            if self._asked_to_stop(result):
                 reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
             done = step == train.max_steps or reason != "complete"
             if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
                 metrics = self._evaluate(step)
             if step % train.checkpoint_every_steps == 0 or done:
                 self._save(step)
+        self.saver.wait()
+        ranks.barrier()
         return Outcome(step, reason, metrics)
 
-    def _step(self, step: int) -> tuple[Tensor, Tensor, Load]:
-        """One optimizer step.
-
-        Returns four totals over the ranks in one tensor (the global batch's loss, its balance loss, multi-token
-        prediction's, how many ranks were asked to stop), the gradient's norm, and the experts' load.
-        """
+    def _step(self, step: int) -> StepResult:
         self.meter.phase("data")
-        batch = self.recipe.train.global_batch_size
-        mine = step * batch + ranks.rank() * self.micro_batch * self.accumulation
-        batches = [
-            self.train_sequences.batch(mine + number * self.micro_batch, self.micro_batch)
+        self.breakdown.switch("data")
+        micro_batches = self._micro_batches(step)
+        self.breakdown.switch("other")
+        result = self.stepper.step(step, micro_batches, stop=bool(self.stop))
+        self._before_last, self._last = self._last, result
+        return result
+
+    def _micro_batches(self, step: int) -> list[Tensor]:
+        """This rank's share of a step's sequences."""
+        first = self._first_sequence(step) + ranks.rank() * self.micro_batch * self.accumulation
+        return [
+            self.train_sequences.batch(first + number * self.micro_batch, self.micro_batch)
             for number in range(self.accumulation)
         ]
-        # packed sequences have a next token everywhere but at their end, so every micro-batch weighs the same
-        weight = 1 / (self.engine.ranks * self.accumulation)
 
-        self.meter.phase("forward_backward")
-        totals = torch.zeros(4, device=self.engine.device)
-        totals[3] = float(bool(self.stop))
-        for number, cpu_ids in enumerate(batches):
-            ids = self.engine.to_device(cpu_ids)
-            with self.engine.accumulate(self.wrapped, last=number == self.accumulation - 1):
-                documents = None if self.end_token is None else document_ids(ids, self.end_token)
-                with self.engine.autocast():
-                    out = self.wrapped(ids, labels=ids, document_ids=documents)
-                none = out.loss.new_zeros(())
-                balance_loss = none if out.balance_loss is None else out.balance_loss
-                mtp_loss = none if out.mtp_loss is None else out.mtp_loss
-                objective = out.loss + balance_loss + self.recipe.train.mtp_loss_weight * mtp_loss
-                # DistributedDataParallel averages gradients over ranks, so a rank's own weight leaves them out
-                (objective / self.accumulation).backward()
-            totals[:3] += torch.stack((out.loss.detach(), balance_loss.detach(), mtp_loss.detach())) * weight
+    def _first_sequence(self, step: int) -> int:
+        return (step + self.passed_over.before(step)) * self.recipe.train.global_batch_size
 
-        self.meter.phase("optimizer")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip)
-        set_learning_rate(self.optimizer, learning_rate(self.recipe.optim, step, self.recipe.train.max_steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        load = self.balancer.step()
-        self._last_step = ranks.all_reduce_sum(totals), norm
-        return totals, norm, load
+    def _refuse(self, step: int, result: StepResult) -> str:
+        """The guard refused the update of step `step` + 1: do as `train.on_spike` says, and name step and batch."""
+        train = self.recipe.train
+        first = self._first_sequence(step)
+        cause = f"{result.refused} at step {step + 1} (sequences {first} to {first + train.global_batch_size - 1})"
+        if train.on_spike == "stop":
+            self._save(step)
+            self.saver.wait()
+            raise TrainingError(
+                f"{cause}; the update was not made and step {step} is saved: "
+                "go on with train.on_spike=skip or rollback, or a larger train.spike_sigmas"
+            )
+        self.skipped_in_a_row += 1
+        if train.on_spike == "skip":
+            if self.skipped_in_a_row > _MOST_SKIPS:
+                raise TrainingError(
+                    f"{cause}, the {self.skipped_in_a_row}th in a row: the weights must be at fault, not the batch; "
+                    "go on with train.on_spike=rollback, or start a new run.name with a lower optim.lr"
+                )
+            _say(f"skipped: {cause}")
+            return "skip"
+        self.saver.wait()
+        ranks.barrier()
+        newest, _ = newest_whole(self.run.checkpoints)
+        back_to = step_of(newest) if newest else 0
+        if self.passed_over.rollbacks_to(back_to) == _MOST_ROLLBACKS:
+            raise TrainingError(
+                f"{cause}, after {_MOST_ROLLBACKS} rollbacks to step {back_to}: other batches do not help; "
+                "train.resume an earlier checkpoint, or start a new run.name with a lower optim.lr"
+            )
+        ranks.barrier()  # everyone has counted before the first rank writes
+        if ranks.is_first():
+            self.passed_over.add(back_to, step + 1 - back_to, cause)
+        _say(f"rolled back to step {back_to}: {cause}")
+        return "rollback"
 
-    def _asked_to_stop(self, totals: Tensor) -> bool:
+    def _asked_to_stop(self, result: StepResult) -> bool:
         """Whether any rank got a signal. Several ranks agree on it one step late, when no GPU is waited for."""
         if self.engine.ranks == 1:
             return bool(self.stop)
-        before, self._totals_before = self._totals_before, totals
-        return before is not None and float(before[3]) > 0
+        return self._before_last is not None and self._before_last.asked_to_stop()
 
-    def _log(
-        self, step: int, loss: float, added: list[float], norm: Tensor, load: Load, cost: Cost, rate: float
-    ) -> None:
-        """Write a metrics row; `added`: balance loss and multi-token prediction's.
+    def _spent(self, cost: Cost) -> bool:
+        train = self.recipe.train
+        budgets = (
+            (train.max_kwh, cost.kwh),
+            (train.max_device_hours, cost.device_hours),
+            (train.max_cost, self.recipe.energy.cost(cost.device_hours, cost.kwh)),
+        )
+        return any(limit is not None and used >= limit for limit, used in budgets)
 
-        Raises TrainingError when loss or gradient are not finite.
-        """
-        self._check_finite(step)
-        row: dict[str, Any] = {
-            "train/step": step,
-            "train/tokens": step * self.tokens_per_step,
-            "train/loss": loss,
-            "train/grad_norm": float(norm),
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/device_hours": cost.device_hours,
-            "energy/total_kwh": cost.kwh,
-            "energy/power_w": cost.power_w,
-            "efficiency/tokens_per_s": rate,
-        }
-        if self.recipe.balance.has_losses and self.recipe.model.is_moe:
-            row["train/balance_loss"] = added[0]
-        if self.recipe.model.num_nextn_predict_layers:
-            row["train/mtp_loss"] = added[1]
-        row |= load.metrics() | self.balancer.bias_metrics()
+    def _log(self, step: int, result: StepResult, cost: Cost) -> None:
+        """Write a metrics row. Raises TrainingError when loss or gradient are not finite."""
+        row: dict[str, Any] = {"train/step": step, "train/tokens": step * self.tokens_per_step}
+        if result.refused:
+            row["train/skipped_in_a_row"] = self.skipped_in_a_row
+        else:
+            self._check_finite(step)
+            self.skipped_in_a_row = 0
+            row |= result.logged()
+            row |= {"train/grad_norm": float(result.norm), "train/lr": self.optimizer.param_groups[0]["lr"]}
+            row |= result.load.metrics() | self.balancer.bias_metrics()
+        row |= self._cost_row(cost)
+        row["energy/power_w"] = cost.power_w
+        row |= self.telemetry.stop(step)
         self.tracking.log(row)
+
+    def _cost_row(self, cost: Cost) -> dict[str, float]:
+        row = {"train/device_hours": cost.device_hours, "energy/total_kwh": cost.kwh}
+        if not self.recipe.energy.has_no_price:
+            row["efficiency/cost"] = self.recipe.energy.cost(cost.device_hours, cost.kwh)
+        return row
 
     def _check_finite(self, step: int) -> None:
         """Before anything of the last step is written down: NaN weights must not become the newest checkpoint."""
-        if self._last_step is None:
+        if self._last is None or self._last.refused:
             return
-        loss, norm = float(self._last_step[0][0]), float(self._last_step[1])
+        loss, norm = self._last.logged()["train/loss"], float(self._last.norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = self._first_sequence(step - 1)
             raise TrainingError(
-                f"train/loss is {loss} and train/grad_norm is {norm} at step {step}; every checkpoint in "
-                f"{self.run.checkpoints} is of before: train.resume one of them, or start a new run.name, with a lower "
-                "optim.lr"
+                f"train/loss is {loss} and train/grad_norm is {norm} at step {step} (sequences {first} to "
+                f"{first + self.recipe.train.global_batch_size - 1}); every checkpoint in {self.run.checkpoints} is of "
+                "before: go on with train.on_spike=skip or rollback, or start a new run.name with a lower optim.lr"
             )
 
     def _evaluation_due(self, step: int) -> bool:
@@ -212,6 +281,7 @@ class Loop:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         self.meter.phase("evaluation")
+        self.telemetry.leave()
         wanted = self.recipe.train.eval_sequences or len(self.eval_sequences)
         metrics = evaluate(
             self.model,
@@ -222,50 +292,25 @@ class Loop:
             batch_size=self.micro_batch,
             end_token=self.end_token,
         )
+        metrics |= self.hooks.evaluate(self.recipe, self.model, step)
         # the row's clock is what `moe compare` looks up in the ledger: a loss costs its measuring too
-        self.tracking.log({"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics})
+        row = {"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics}
+        self.tracking.log(row | self._cost_row(self.meter.cost()))
         return metrics
 
     def _save(self, step: int) -> None:
+        """Take a snapshot and have it written. Raises CheckpointError when a write failed, this or the last one."""
         self._check_finite(step)
         self.meter.phase("checkpoint")
+        self.telemetry.leave()
         tokens = step * self.tokens_per_step
         ledger = self.meter.flush(step, tokens)
         self.tracking.sync()
-        if ranks.is_first():
-            save_checkpoint(
-                self.run.checkpoints, step, self.model, self.optimizer, {"tokens": tokens, "ledger": ledger}
-            )
-            prune(self.run.checkpoints, self.recipe.train.keep_checkpoints)
-        ranks.barrier()
-
-
-class _Rate:
-    """Tokens per second of steps alone: evaluation and checkpoints lie between `stop` or `pause` and `start`."""
-
-    def __init__(self, tokens_per_step: int, first_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._spent_s, self._began = 0.0, 0.0
-        self._logged_step = first_step
-
-    def start(self) -> None:
-        self._began = time.monotonic()
-
-    def pause(self) -> None:
-        self._spent_s += time.monotonic() - self._began
-
-    def stop(self, step: int) -> float:
-        """End a logged step and return the rate since the last one."""
-        self.pause()
-        rate = (step - self._logged_step) * self._tokens_per_step / max(self._spent_s, 1e-9)
-        self._spent_s, self._logged_step = 0.0, step
-        return rate
-
-
-def _spent(cost: Cost, max_kwh: float | None, max_device_hours: float | None) -> bool:
-    return (max_kwh is not None and cost.kwh >= max_kwh) or (
-        max_device_hours is not None and cost.device_hours >= max_device_hours
-    )
+        state: dict[str, Any] = {"tokens": tokens, "ledger": ledger}
+        if self.guard is not None:
+            state["recent_steps"] = self.guard.recent
+        self.saver.save(step, partial(self.engine.capture, self.model, self.optimizer, state))
+        self.tracking.log({"train/step": step, "efficiency/checkpoint_stall_s": self.saver.stall_s})
 
 
 def _postfix(loss: float, metrics: dict[str, float], cost: Cost) -> str:
@@ -276,3 +321,8 @@ def _postfix(loss: float, metrics: dict[str, float], cost: Cost) -> str:
         parts.append(f"MaxVio {metrics['eval/max_vio']:.2f}")
     parts.append(f"{cost.kwh * 1000:.2f} Wh")
     return ", ".join(parts)
+
+
+def _say(sentence: str) -> None:
+    if ranks.is_first():
+        print(sentence, file=sys.stderr, flush=True)

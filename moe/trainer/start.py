@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint import list_checkpoints, newest_whole, read_state, verify
+from moe.checkpoint import list_checkpoints, newest_whole, read_state, step_of, verify
 from moe.config import Recipe
 from moe.errors import CheckpointError, CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
@@ -55,7 +55,7 @@ def discard_later(run: RunDir, start: Start) -> list[Path]:
     """Rename checkpoints beyond the start, so that neither `auto` nor pruning takes them for this lineage's."""
     discarded = []
     for path in list_checkpoints(run.checkpoints):
-        if int(path.name.removeprefix("step_")) > start.step:
+        if step_of(path) > start.step:
             aside = path.with_name(f"discarded_{path.name}_{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
             discarded.append(path.rename(aside))
     return discarded

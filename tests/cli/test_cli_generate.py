@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moe.checkpoint import save_checkpoint
+from moe.checkpoint import capture, write_checkpoint
 from moe.config import DataConfig, ModelConfig, OptimConfig, Recipe, RunConfig
 from moe.data import load_corpus
 from moe.data.tokens import train_tokenizer
@@ -33,7 +33,8 @@ def test_a_run_continues_a_prompt(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Transformer(config)
     for step in (1, 2):
-        save_checkpoint(run.checkpoints, step, model, build_optimizer(model, OptimConfig()), {"tokens": step})
+        snapshot = capture(model, build_optimizer(model, OptimConfig()), {"tokens": step}, copy=False)
+        write_checkpoint(run.checkpoints, step, snapshot)
     words = ("generate", str(run.root), "one two", "--tokens", "8", "--temperature", "1", "--seed", "3")
     first, second = _moe(*words), _moe(*words)
     assert first.returncode == 0, first.stderr

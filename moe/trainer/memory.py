@@ -1,0 +1,67 @@
+"""What the run needs of memory, what it took, and what to say when there is not enough."""
+
+import resource
+import sys
+
+import torch
+
+from moe import accounting
+from moe.config import Recipe
+
+__all__ = ["budget", "explain", "is_out_of_memory", "peak_bytes", "sentence"]
+
+
+def budget(recipe: Recipe, micro_batch_size: int) -> dict[str, int]:
+    """Bytes by part of one rank's training step, by `moe.accounting.memory`; they add up."""
+    train = recipe.train
+    return accounting.memory(
+        recipe.model,
+        micro_batch_size=micro_batch_size,
+        seq_len=train.seq_len,
+        precision=train.precision,
+        recompute_layers=train.recompute_layers,
+    )
+
+
+def sentence(parts: dict[str, int]) -> str:
+    """The budget in words: total, then each part."""
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return f"{_size(sum(parts.values()))} of tensors expected at the peak: {listed}"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most this process held so far: tensors on a GPU, resident memory elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU, in torch's CPU allocator or in Python."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def explain(recipe: Recipe, micro_batch_size: int, step: int, device: torch.device) -> str:
+    """One sentence for a step that ran out of memory: the budget, and the fields that change it."""
+    train = recipe.train
+    parts = budget(recipe, micro_batch_size)
+    there = ""
+    if device.type == "cuda":
+        there = f" on a device of {_size(torch.cuda.get_device_properties(device).total_memory)}"
+    mends = []
+    if micro_batch_size > 1:
+        mends.append(f"lower train.micro_batch_size (now {micro_batch_size}; the global batch stays)")
+    layers = recipe.model.num_hidden_layers + recipe.model.num_nextn_predict_layers
+    if train.recompute_layers < layers:
+        mends.append(f"raise train.recompute_layers (now {train.recompute_layers} of {layers})")
+    mends.append(f"shorten train.seq_len (now {train.seq_len})")
+    if train.precision == "fp32":
+        mends.append("use train.precision=bf16")
+    return f"out of memory at step {step}{there}, with {sentence(parts)}; {', or '.join(mends)}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
