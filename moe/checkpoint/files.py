@@ -78,7 +78,11 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} has no readable manifest; use another checkpoint") from None
     for name, expected in files.items():
         file = path / Path(name).name
-        if not file.is_file() or _fingerprint(file) != expected:
+        try:
+            found = _fingerprint(file) if file.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); mend that or use another") from None
+        if found != expected:
             raise CheckpointError(f"{file} does not match its manifest; use another checkpoint")
 
 

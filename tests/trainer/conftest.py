@@ -24,26 +24,39 @@ class Place:
         words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 7))) for _ in range(200)]
         (folder / "text").write_text(" ".join(chance.choices(words, k=9000)), encoding="utf-8")
 
-    def command(self, *words: str, ranks: int = 1) -> tuple[list[str], dict[str, str]]:
+    def command(self, *words: str, ranks: int = 1, recipe: str = RECIPE.name) -> tuple[list[str], dict[str, str]]:
         """What to execute, and in which environment, for `ranks` gloo processes."""
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes"]
         launch += [str(ranks), "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--multi_gpu", "--main_process_port", "0"] if ranks > 1 else []
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-        return [*launch, str(RECIPE), *words], environment | ({"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {})
-
-    def launch(self, *words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        """Run to the end; the caller looks at the exit code."""
-        command, environment = self.command(*words, ranks=ranks)
-        return subprocess.run(
-            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=180, check=False
+        return [*launch, str(RECIPE.with_name(recipe)), *words], environment | (
+            {"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {}
         )
 
-    def python(self, *words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, *words: str, ranks: int = 1, recipe: str = RECIPE.name, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end; the caller looks at the exit code."""
+        command, base = self.command(*words, ranks=ranks, recipe=recipe)
+        return subprocess.run(
+            command,
+            env={**base, **(environment or {})},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+    def python(
+        self, *words: str, recipe: str = RECIPE.name, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """The recipe without a launcher."""
         _, base = self.command()
         return subprocess.run(
-            [sys.executable, str(RECIPE), *words], env={**base, **(environment or {})}, cwd=self.folder,
+            [sys.executable, str(RECIPE.with_name(recipe)), *words],
+            env={**base, **(environment or {})}, cwd=self.folder,
             capture_output=True, text=True, timeout=180, check=False,
         )  # fmt: skip
 

@@ -1,0 +1,57 @@
+"""The tiny recipe with hooks that misbehave on demand, so that what the trainer does about it can be watched.
+
+POISON=n          the n-th objective of this process is not finite
+SPIKE=n           the n-th objective of this process is a hundred times as large
+STARVE=n          from the n-th on, this process may not allocate more memory
+SEEN=file         one line an objective: the sum of its token ids
+SMOOTH=1          another objective, and a number of its own in each evaluation
+"""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+from tiny_recipe import RECIPE
+from torch import Tensor, nn
+
+from moe.config import Recipe
+from moe.trainer import Hooks, Objective, main
+
+
+class Misbehaving(Hooks):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def objective(self, recipe: Recipe, model: nn.Module, input_ids: Tensor, document_ids: Tensor | None) -> Objective:
+        self.calls += 1
+        if "SEEN" in os.environ:
+            with Path(os.environ["SEEN"]).open("a") as file:
+                file.write(f"{int(input_ids.sum())}\n")
+        if self._now("STARVE"):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
+            input_ids = input_ids.repeat(64, 1)
+        usual = super().objective(recipe, model, input_ids, document_ids)
+        if self._now("POISON"):
+            return Objective(
+                usual.minimised * torch.nan, {**usual.logged, "train/loss": usual.logged["train/loss"] * torch.nan}
+            )
+        if self._now("SPIKE"):
+            return Objective(usual.minimised * 100, {**usual.logged, "train/loss": usual.logged["train/loss"] * 100})
+        if "SMOOTH" in os.environ:
+            penalty = model.lm_head.weight.square().mean()
+            return Objective(usual.minimised + penalty, {**usual.logged, "train/penalty": penalty})
+        return usual
+
+    def evaluate(self, recipe: Recipe, model: nn.Module, step: int) -> dict[str, float]:
+        if "SMOOTH" not in os.environ:
+            return {}
+        return {"eval/head_norm": float(model.lm_head.weight.norm())}
+
+    def _now(self, word: str) -> bool:
+        return self.calls in map(int, filter(None, os.environ.get(word, "").split(",")))
+
+
+if __name__ == "__main__":
+    main(RECIPE, hooks=Misbehaving())
