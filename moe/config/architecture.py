@@ -18,7 +18,7 @@ class Architecture(Section):
 
     vocab_size: int = setting(doc="tokens in the vocabulary", at_least=1)
     hidden_size: int = setting(doc="width of the residual stream", at_least=1)
-    num_hidden_layers: int = setting(doc="decoder layers", at_least=1)
+    num_hidden_layers: int = setting(doc="decoder layers", at_least=1, at_most=10_000)
     num_attention_heads: int = setting(doc="query heads", at_least=1)
     intermediate_size: int = setting(doc="width of a dense layer's SwiGLU", at_least=1)
 
@@ -93,7 +93,10 @@ class Architecture(Section):
     rms_norm_eps: float = setting(1e-6, above=0, doc="epsilon of every RMSNorm but those of the latents")
     tie_word_embeddings: bool = setting(False, doc="the output head shares the embedding's matrix")
     num_nextn_predict_layers: int = setting(
-        0, at_least=0, doc="multi-token prediction modules, each one further token ahead; for training only"
+        0,
+        at_least=0,
+        at_most=100,
+        doc="multi-token prediction modules, each one further token ahead; for training only",
     )
     initializer_range: float = setting(
         0.02, above=0, doc="standard deviation of the initial weights; DeepSeek-V3 uses 0.006"

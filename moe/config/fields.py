@@ -14,7 +14,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from moe.errors import ConfigError
 
-__all__ = ["Section", "convert", "describe_type", "nearest", "setting"]
+__all__ = ["Section", "convert", "describe_type", "nearest", "setting", "shortened"]
+
+_FEW = 16  # names a message lists
+_SHOWN = 80  # characters of a value it shows
 
 
 def setting(
@@ -56,7 +59,7 @@ class Section:
 
     def fail(self, field_name: str, mend: str) -> typing.NoReturn:
         """Raise a ConfigError that names this section's field, its value and the mend."""
-        raise ConfigError(f"{self._path(field_name)}={getattr(self, field_name)!r} {mend}")
+        raise ConfigError(f"{self._path(field_name)}={shortened(repr(getattr(self, field_name)))} {mend}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of `from_dict`."""
@@ -73,12 +76,19 @@ class Section:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, or the list of known names when none is close."""
+    """`; did you mean 'x'?` for the known name closest to `name`, or where to find them all when none is close."""
     import difflib
 
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if len(names) <= _FEW else "; the recipe's --help lists them"
+
+
+def shortened(text: str) -> str:
+    """A value as a message shows it: enough to know it by."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def describe_type(hint: Any) -> str:
@@ -114,7 +124,7 @@ def convert(path: str, text: str, hint: Any) -> Any:
             pass
     elif hint is str or origin is Literal:
         return text
-    raise ConfigError(f"{path}={text} must be {describe_type(hint)}")
+    raise ConfigError(f"{path}={shortened(text)} must be {describe_type(hint)}")
 
 
 def _check_type(path: str, value: Any, hint: Any) -> Any:
@@ -137,7 +147,7 @@ def _check_type(path: str, value: Any, hint: Any) -> Any:
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path}={value!r} must be {describe_type(hint)}")
+    raise ConfigError(f"{path}={shortened(repr(value))} must be {describe_type(hint)}")
 
 
 def _check_range(path: str, value: Any, metadata: Mapping[str, Any]) -> None:

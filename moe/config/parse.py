@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 
-from moe.config.fields import convert, describe_type, nearest
+from moe.config.fields import convert, describe_type, nearest, shortened
 from moe.config.recipe import Recipe
 from moe.errors import ConfigError
 
@@ -23,16 +23,18 @@ def parse_overrides(recipe: Recipe, words: Sequence[str]) -> Recipe:
         path, equals, text = word.partition("=")
         section_name, dot, field_name = path.partition(".")
         if not equals or not dot:
-            raise ConfigError(f"{word!r} is not of the form section.field=value, for example train.max_steps=100")
+            raise ConfigError(
+                f"{shortened(word)!r} is not of the form section.field=value, for example train.max_steps=100"
+            )
         if section_name not in sections:
-            raise ConfigError(f"{path}={text}: no section {section_name!r}{nearest(section_name, sections)}")
+            raise ConfigError(f"{shortened(word)}: no section {section_name!r}{nearest(section_name, sections)}")
         section_type = type(sections[section_name])
         hints = typing.get_type_hints(section_type)
         known = [field.name for field in dataclasses.fields(section_type)]
         if field_name not in known:
             elsewhere = [f"{name}.{field_name}" for name, section in sections.items() if hasattr(section, field_name)]
             hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(field_name, known)
-            raise ConfigError(f"{path}={text}: no field {field_name!r} in section {section_name!r}{hint}")
+            raise ConfigError(f"{shortened(word)}: no field {field_name!r} in section {section_name!r}{hint}")
         changes.setdefault(section_name, {})[field_name] = convert(path, text, hints[field_name])
     replaced = {name: dataclasses.replace(sections[name], **values) for name, values in changes.items()}
     return dataclasses.replace(recipe, **replaced)  # type: ignore[arg-type]

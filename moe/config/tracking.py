@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moe.config.fields import Section, nearest, setting
+from moe.config.fields import Section, nearest, setting, shortened
 from moe.errors import ConfigError
 
 __all__ = ["TrackingConfig"]
@@ -25,4 +25,6 @@ class TrackingConfig(Section):
         known = ("wandb",)
         for tracker in self.trackers:
             if tracker not in known:
-                raise ConfigError(f"tracking.trackers={tracker!r} is not a tracker{nearest(tracker, (*known, 'none'))}")
+                raise ConfigError(
+                    f"tracking.trackers={shortened(tracker)!r} is not a tracker{nearest(tracker, (*known, 'none'))}"
+                )

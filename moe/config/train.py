@@ -15,7 +15,7 @@ class TrainConfig(Section):
     section_name: ClassVar[str] = "train"
 
     max_steps: int = setting(1000, at_least=1, doc="optimizer steps of the whole run", may_change=True)
-    global_batch_size: int = setting(8, at_least=1, doc="sequences an optimizer step, over all ranks")
+    global_batch_size: int = setting(8, at_least=1, at_most=2**20, doc="sequences an optimizer step, over all ranks")
     micro_batch_size: int | None = setting(
         None, at_least=1, doc="sequences a rank passes at once; none for global_batch_size / ranks", may_change=True
     )

@@ -22,6 +22,7 @@ from moe.parallel import ranks
 from moe.parallel.engine import Engine
 from moe.rundir import RunDir, write_json
 from moe.tracking import Tracking
+from moe.trainer import memory
 from moe.trainer.environment import describe
 from moe.trainer.hooks import Hooks
 from moe.trainer.loop import Loop, Outcome
@@ -72,7 +73,8 @@ def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
         closing.callback(stop.restore)
         engine = Engine(recipe.train)
         closing.callback(engine.close)
-        recipe.train.accumulation(engine.ranks)
+        micro_batch_size = recipe.train.global_batch_size // (engine.ranks * recipe.train.accumulation(engine.ranks))
+        memory.check(recipe, micro_batch_size, engine.device, engine.ranks)
         outcome = _segment(recipe, run, engine, hooks, stop)
         while outcome.reason == "rollback":
             engine.release()

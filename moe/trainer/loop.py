@@ -31,15 +31,15 @@ from moe.trainer.evaluate import evaluate
 from moe.trainer.hooks import Hooks
 from moe.trainer.metering import Cost, TrainingMeter
 from moe.trainer.profile import Profile
+from moe.trainer.rollback import PassedOver
 from moe.trainer.signals import StopRequest
-from moe.trainer.spikes import PassedOver, SpikeGuard
+from moe.trainer.spikes import SpikeGuard
 from moe.trainer.step import Stepper, StepResult
 from moe.trainer.telemetry import Telemetry
 
 __all__ = ["Loop", "Outcome"]
 
 _MOST_SKIPS = 10  # in a row: the fault is then not in the batch
-_MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 @dataclass(frozen=True)
@@ -214,14 +214,7 @@ class Loop:
         ranks.barrier()
         newest, _ = newest_whole(self.run.checkpoints)
         back_to = step_of(newest) if newest else 0
-        if self.passed_over.rollbacks_to(back_to) == _MOST_ROLLBACKS:
-            raise TrainingError(
-                f"{cause}, after {_MOST_ROLLBACKS} rollbacks to step {back_to}: other batches do not help; "
-                "train.resume an earlier checkpoint, or start a new run.name with a lower optim.lr"
-            )
-        ranks.barrier()  # everyone has counted before the first rank writes
-        if ranks.is_first():
-            self.passed_over.add(back_to, step + 1 - back_to, cause)
+        self.passed_over.roll_back(back_to, step + 1, cause)
         _say(f"rolled back to step {back_to}: {cause}")
         return "rollback"
 

@@ -1,5 +1,6 @@
 """What the run needs of memory, what it took, and what to say when there is not enough."""
 
+import os
 import resource
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from moe import accounting
 from moe.config import Recipe
 
-__all__ = ["budget", "explain", "is_out_of_memory", "peak_bytes", "sentence"]
+__all__ = ["budget", "check", "explain", "is_out_of_memory", "peak_bytes", "sentence"]
 
 
 def budget(recipe: Recipe, micro_batch_size: int) -> dict[str, int]:
@@ -23,10 +24,39 @@ def budget(recipe: Recipe, micro_batch_size: int) -> dict[str, int]:
     )
 
 
+def check(recipe: Recipe, micro_batch_size: int, device: torch.device, ranks: int) -> None:
+    """Refuse what cannot fit, before it is made: a rank's share of the weights' tensors, or one micro-batch's.
+
+    Raises ConfigError naming the fields to change.
+    """
+    there = total_bytes(device)
+    parts = budget(recipe, micro_batch_size)
+    activations = parts.pop("activations")
+    if sum(parts.values()) / ranks > there:
+        recipe.model.fail(
+            "num_hidden_layers",
+            f"and the model's other sizes need {_listed(parts)} for training, and there are {_size(there)}: make the "
+            "model smaller, or train it on more ranks",
+        )
+    if activations > there:
+        recipe.train.fail(
+            "micro_batch_size",
+            f"needs {_size(activations)} of activations for {micro_batch_size} sequences of {recipe.train.seq_len} "
+            f"tokens, and there are {_size(there)}: lower it, or shorten train.seq_len, or raise "
+            "train.recompute_layers",
+        )
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of the device; of the machine, for a processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def sentence(parts: dict[str, int]) -> str:
     """The budget in words: total, then each part."""
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    return f"{_size(sum(parts.values()))} of tensors expected at the peak: {listed}"
+    return f"{_size(sum(parts.values()))} of tensors expected at the peak: {_listed(parts)}"
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -48,9 +78,7 @@ def explain(recipe: Recipe, micro_batch_size: int, step: int, device: torch.devi
     """One sentence for a step that ran out of memory: the budget, and the fields that change it."""
     train = recipe.train
     parts = budget(recipe, micro_batch_size)
-    there = ""
-    if device.type == "cuda":
-        there = f" on a device of {_size(torch.cuda.get_device_properties(device).total_memory)}"
+    there = f" on a device of {_size(total_bytes(device))}" if device.type == "cuda" else ""
     mends = []
     if micro_batch_size > 1:
         mends.append(f"lower train.micro_batch_size (now {micro_batch_size}; the global batch stays)")
@@ -63,5 +91,11 @@ def explain(recipe: Recipe, micro_batch_size: int, step: int, device: torch.devi
     return f"out of memory at step {step}{there}, with {sentence(parts)}; {', or '.join(mends)}"
 
 
+def _listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+
+
 def _size(number: int) -> str:
+    if number >= 1e12:
+        return f"{number / 1e12:,.1f} TB"
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

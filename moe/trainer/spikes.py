@@ -1,14 +1,11 @@
-"""Steps that must not count: what a spike is, and which batches a rollback passed over."""
+"""What a spike is: loss or gradient norm far above those of the steps before, or not finite."""
 
 import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
-from moe.rundir import RunDir, write_json
-
-__all__ = ["PassedOver", "SpikeGuard"]
+__all__ = ["SpikeGuard"]
 
 _WINDOW = 128
 _ENOUGH = 16  # steps, before a standard deviation says anything
@@ -41,28 +38,3 @@ class SpikeGuard:
     def recent(self) -> list[list[float]]:
         """What the next judgement depends on, for the checkpoint."""
         return [list(step) for step in self._recent]
-
-
-class PassedOver:
-    """Batches that rollbacks left out, in the run's skipped.json: a list of {step, batches, cause}.
-
-    From `step` on, batches are taken so much further along: which batch a step sees stays a function of the run
-    directory alone, wherever the run is resumed.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        self._file = run.skipped
-        self.entries: list[dict[str, Any]] = run.read_json(self._file)["skipped"] if self._file.is_file() else []
-
-    def before(self, step: int) -> int:
-        """How many batches steps up to `step` have passed over."""
-        return sum(entry["batches"] for entry in self.entries if entry["step"] <= step)
-
-    def rollbacks_to(self, step: int) -> int:
-        """How often the run went back to this step."""
-        return sum(entry["step"] == step for entry in self.entries)
-
-    def add(self, step: int, batches: int, cause: str) -> None:
-        """Write down a rollback to `step` that leaves out the next `batches`; on the first rank."""
-        self.entries.append({"step": step, "batches": batches, "cause": cause})
-        write_json(self._file, {"skipped": self.entries})

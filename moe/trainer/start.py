@@ -1,6 +1,7 @@
 """Where a run starts: anew, from its newest whole checkpoint, or from a named one."""
 
 import dataclasses
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from moe.checkpoint import list_checkpoints, newest_whole, read_state, step_of, verify
 from moe.config import Recipe
+from moe.config.fields import shortened
 from moe.errors import CheckpointError, CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
 
@@ -69,6 +71,11 @@ def _has_trained(run: RunDir) -> bool:
 
 
 def _named(checkpoint: Path, run: RunDir, trained: bool) -> Start:
+    if not os.path.isdir(checkpoint):  # unlike Path's, this has an answer for names too long to exist
+        raise ConfigError(
+            f"train.resume={shortened(str(checkpoint))!r} is not a folder; give auto, never, or a checkpoint such as "
+            f"{run.checkpoints}/step_00000200"
+        )
     try:
         verify(checkpoint)
     except CheckpointError as error:

@@ -19,7 +19,10 @@ Place = Any  # the fixture's class; conftest is not importable by name
         (["model.num_experts_per_tok=5"], "must be between 1 and n_routed_experts (4)"),
         (["data.source=nowhere"], "data.source='nowhere' does not exist"),
         (["run.name=../escape"], "run.name='../escape' must be a plain folder name"),
-        (["train.resume=runs/none/checkpoints/step_00000001"], "has no readable manifest"),
+        (
+            ["train.resume=runs/none/checkpoints/step_00000001"],
+            "train.resume='runs/none/checkpoints/step_00000001' is not a folder; give auto, never, or a checkpoint",
+        ),
         (["train.micro_batch_size=3"], "train.global_batch_size=4 must be a multiple of ranks (1)"),
         (["train.seq_len=4096", "model.max_position_embeddings=4096"], "train.seq_len=4096 exceeds the data"),
         (["model.vocab_size=5000"], "model.vocab_size=5000 is more than this corpus yields"),
