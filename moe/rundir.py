@@ -8,6 +8,7 @@
       metrics.jsonl      append-only, one object a line (below)
       ledger.jsonl       energy ledger of the first node; ledger.nodeN.jsonl on the others
       checkpoints/       step_NNNNNNNN/ with a manifest of checksums
+      memory.json        bytes expected, by part, and the peak of the last segment
       skipped.json       batches that rollbacks passed over, when there were any
       profile/           traces of torch's profiler, when they were asked for
 
@@ -47,6 +48,7 @@ class RunDir:
         self.checkpoints = self.root / "checkpoints"
         self.skipped = self.root / "skipped.json"
         self.profile = self.root / "profile"
+        self.memory = self.root / "memory.json"
 
     @classmethod
     def named(cls, name: str, runs: str | Path = "runs") -> "RunDir":

@@ -111,7 +111,11 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         meter.phase("data")
         data = _data(recipe, run, trained=start.trained)
         meter.phase("idle")
-        outcome = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop).steps()
+        loop = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop)
+        _say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")
+        outcome = loop.steps()
+        if ranks.is_first():
+            write_json(run.memory, memory.report(recipe, loop.micro_batch, engine.device))
         if outcome.reason != "rollback":
             _say(_farewell(run, outcome))
         return outcome

@@ -3,13 +3,14 @@
 import os
 import resource
 import sys
+from typing import Any
 
 import torch
 
 from moe import accounting
 from moe.config import Recipe
 
-__all__ = ["budget", "check", "explain", "is_out_of_memory", "peak_bytes", "sentence"]
+__all__ = ["budget", "check", "explain", "is_out_of_memory", "peak_bytes", "report", "sentence"]
 
 
 def budget(recipe: Recipe, micro_batch_size: int) -> dict[str, int]:
@@ -52,6 +53,16 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def report(recipe: Recipe, micro_batch_size: int, device: torch.device) -> dict[str, Any]:
+    """What memory.json holds: bytes a rank was expected to need, by part, and the most this one held."""
+    return {
+        "device": device.type,
+        "expected_bytes": budget(recipe, micro_batch_size),
+        "peak_bytes": peak_bytes(device),
+        "peak_of": "tensors" if device.type == "cuda" else "process",
+    }
 
 
 def sentence(parts: dict[str, int]) -> str:

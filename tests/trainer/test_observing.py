@@ -109,6 +109,16 @@ def test_a_profile_is_left_in_the_run(observed: Place) -> None:
     assert "aten::mm" in (folder / "step_00000004.rank0.txt").read_text()
 
 
+def test_memory_is_reported(observed: Place) -> None:
+    """What was expected is said at the start; beside it the run holds what was measured."""
+    run = RunDir(observed.run("observed"))
+    report = run.read_json(run.memory)
+    assert report["expected_bytes"].keys() == {"weights", "gradients", "optimizer", "activations"}
+    assert report["peak_bytes"] > sum(report["expected_bytes"].values())  # the process holds more than tensors
+    rows = [row for row in observed.rows("observed") if "train/loss" in row]
+    assert report["peak_bytes"] >= rows[-1]["efficiency/peak_memory_bytes"]
+
+
 def test_hooks_change_the_objective_and_add_to_evaluations(observed: Place) -> None:
     """A number of the objective's own is logged beside the loss; an evaluation has a further one."""
     rows = observed.rows("observed")
