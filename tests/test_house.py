@@ -41,7 +41,8 @@ def test_meter_and_comparison_need_no_torch(package: str) -> None:
 
 def test_trainer_needs_few_libraries() -> None:
     """Training runs on a bare GPU image: torch, accelerate, tokenizers, safetensors, numpy and nvidia-ml-py."""
-    blocked = ("transformers", "wandb", "plotly", "typer", "rich", "datasets", "deepspeed", "scipy", "pandas")
+    blocked = ("transformers", "wandb", "trackio", "tensorboard", "plotly", "typer", "rich", "datasets", "deepspeed")
+    blocked += ("scipy", "pandas")
     loaded_after(f"sys.modules.update(dict.fromkeys({blocked!r})); import moe.trainer")
 
 

@@ -69,24 +69,6 @@ def test_a_checkpoint_of_another_run_is_refused(whole: Place) -> None:
     assert "is not in runs/thief/checkpoints: what another run spent on it would be missing" in done.stderr
 
 
-def test_wandb_that_is_not_installed_is_named(place: Place) -> None:
-    """The meter that was already running ends its ledger."""
-    code = (
-        "import sys; sys.modules['wandb'] = None; sys.path.insert(0, sys.argv.pop(1))\n"
-        "from tiny_recipe import RECIPE, main\n"
-        "main(RECIPE)\n"
-    )
-    _, environment = place.command()
-    words = ["run.name=nowandb", "tracking.trackers=wandb"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), *words], env=environment, cwd=place.folder,
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "error: tracking.trackers=wandb needs the package wandb" in done.stderr
-    assert '"kind":"end"' in (place.run("nowandb") / "ledger.jsonl").read_text().splitlines()[-1]
-
-
 def test_signals_are_given_back(place: Place) -> None:
     """After a failed start Ctrl-C and SIGTERM do again what they did before."""
     code = (

@@ -307,17 +307,6 @@ def test_a_budget_stops_with_a_checkpoint(place: Place) -> None:
     assert [path.name for path in (place.run("budget") / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-def test_wandb_offline_holds_the_metrics(place: Place) -> None:
-    """Without a key W&B writes files; one run, with our axes and values in it."""
-    done = place.python("run.name=watched", "tracking.trackers=wandb", "train.max_steps=4")
-    assert done.returncode == 0, done.stderr
-    files = list(place.run("watched").rglob("run-*.wandb"))
-    assert len(files) == 1
-    raw = files[0].read_bytes()
-    for name in (b"train", b"eval", b"energy", b"total_kwh", b"device_hours"):
-        assert name in raw
-
-
 def test_a_dense_run_needs_no_router(place: Place) -> None:
     """n_routed_experts=0: the same loop, no router metrics."""
     words = ("model.n_routed_experts=0", "model.first_k_dense_replace=0", "train.max_steps=3")
