@@ -27,7 +27,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.model"},),
     ({"moe.balancer", "moe.data", "moe.optim", "moe.replay", "moe.schedule", "moe.checkpoint"},),
     ({"moe.parallel.engine", "moe.tracking"},),
-    ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}),
+    ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}, {"moe.runs"}),
     ({"moe.cli"},),
 )
 # Units that see less than the order would let them.
@@ -35,11 +35,22 @@ ONLY: dict[str, set[str]] = {
     "moe_kernels": set(),
     "moe.energy": {"moe.errors"},
     "moe.compare": {"moe.rundir", "moe.energy", "moe.accounting", "moe.config", "moe.errors"},
+    "moe.runs": {"moe.rundir", "moe.energy", "moe.accounting", "moe.config", "moe.errors"},
 }
 # Typing-only imports that point upwards: (file, what it names).
 TYPING_UPWARDS: set[tuple[str, str]] = set()
 # Units that must start without torch: no file of theirs imports it when loaded.
-NO_TORCH = {"moe", "moe.errors", "moe.energy", "moe.rundir", "moe.config", "moe.accounting", "moe.compare", "moe.cli"}
+NO_TORCH = {
+    "moe",
+    "moe.errors",
+    "moe.energy",
+    "moe.rundir",
+    "moe.config",
+    "moe.accounting",
+    "moe.compare",
+    "moe.cli",
+    "moe.runs",
+}
 
 PLACE = {
     unit: (line, group) for line, groups in enumerate(ORDER) for group, units in enumerate(groups) for unit in units

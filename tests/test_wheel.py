@@ -32,7 +32,7 @@ def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that an old build/ folder puts nothing into it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for folder in ("moe", "kernels"):
+    for folder in ("moe", "kernels", "recipes"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -59,13 +59,15 @@ def python(installed: Path, code: str) -> str:
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    """Each source file, py.typed and data file is in; tests, benchmarks and PyPI's `kernels` name are not."""
+    """Each source file, recipe, py.typed and data file is in; tests, benchmarks and PyPI's `kernels` name are not."""
     wanted = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
         if path.suffix in {".py", *DATA} and "__pycache__" not in path.parts
     }
+    recipes = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "recipes").glob("launch/*.yaml")]
+    wanted |= {f"moe/recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" for path in recipes}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == wanted
     assert {"moe/py.typed", "moe_kernels/py.typed"} <= names
@@ -130,6 +132,19 @@ def test_installed_command_prints_help(installed: Path) -> None:
     text = python(installed, ask.format(words=[]))
     assert "compare" in text
     assert "energy" in text
-    for command in ("compare", "energy"):
+    for command in ("compare", "energy", "recipe", "runs"):
         assert f"moe {command}" in python(installed, ask.format(words=[command]))
     assert (installed / "bin" / "moe").is_file()
+
+
+def test_installed_recipes_can_be_copied(installed: Path, tmp_path: Path) -> None:
+    """Without a checkout: every recipe is listed, and the copy of one that imports another prints its --help."""
+    ask = "import sys; from moe.cli import main; sys.argv = ['moe', 'recipe', *{words!r}]; main()"
+    listed = python(installed, ask.format(words=["list"]))
+    assert {path.stem for path in (ROOT / "recipes").glob("*.py")} <= {line.split()[0] for line in listed.splitlines()}
+    said = python(installed, ask.format(words=["copy", "quickstart_dense", "--to", str(tmp_path)]))
+    assert f"accelerate launch {tmp_path}/quickstart_dense.py" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quickstart_dense.py", "quickstart_moe.py"]
+    run_it = "import runpy, sys; sys.argv = ['quickstart_dense.py', '--help']; sys.path.insert(0, {folder!r}); "
+    run_it += "runpy.run_path({folder!r} + '/quickstart_dense.py', run_name='__main__')"
+    assert "run.name" in python(installed, run_it.format(folder=str(tmp_path)))

@@ -18,6 +18,8 @@ _COMMANDS = {
     "compare": "Compare runs with their baselines at equal loss: table, JSON, HTML.",
     "energy": "Meter any program; report what a run cost.",
     "generate": "Continue a prompt with a trained run.",
+    "recipe": "List the recipes that come with the package; copy one.",
+    "runs": "List runs, show one, watch one; send one to a tracker again.",
 }
 
 

@@ -1,0 +1,108 @@
+"""What one run is and holds: model, data and schedule, both loss curves, cost, checkpoints, command."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe import accounting
+from moe.config import Recipe
+from moe.energy import fold_ledgers
+from moe.errors import CheckpointError, CompareError, ConfigError
+from moe.rundir import RunDir, read_metrics
+from moe.runs.status import RunStatus, read_status
+
+__all__ = ["Checkpoint", "RunDetails", "read_checkpoints", "read_details"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint; `fault` says in a sentence why it is not whole."""
+
+    name: str
+    size_bytes: int
+    fault: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDetails:
+    """One run on a page. Loss curves are (step, nats per token); `cost` is `total` of `moe energy report --json`."""
+
+    status: RunStatus
+    parameters_total: int
+    parameters_active: int
+    recipe: Recipe
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    train_losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
+    cost: Mapping[str, Any]
+    cost_notes: list[str]
+    checkpoints: list[Checkpoint]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `moe runs show --json` prints it."""
+        return {
+            **vars(self),
+            "status": vars(self.status),
+            "recipe": self.recipe.to_dict(),
+            "checkpoints": [vars(checkpoint) for checkpoint in self.checkpoints],
+        }
+
+
+def read_details(path: Path, check: Callable[[Path], None] | None = None) -> RunDetails:
+    """Read the run at `path`; `check` as in `read_checkpoints`.
+
+    Raises CompareError, ConfigError or LedgerError, in one sentence, when it is no run or a file of it is broken.
+    """
+    run = RunDir.existing(path)
+    status = read_status(path)
+    if status.problem:
+        raise CompareError(status.problem)
+    try:
+        recipe = Recipe.from_dict(run.read_json(run.config))
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CompareError(f"{run.config} does not describe a run: {error}") from None
+    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+    fold = fold_ledgers(run.ledgers()) if run.ledgers() else None
+    return RunDetails(
+        status=status,
+        parameters_total=accounting.num_parameters(recipe.model),
+        parameters_active=accounting.num_parameters(recipe.model, active=True),
+        recipe=recipe,
+        data=run.read_json(run.data) if run.data.is_file() else {},
+        environment=run.read_json(run.environment) if run.environment.is_file() else {},
+        train_losses=[(row["train/step"], row["train/loss"]) for row in rows if "train/loss" in row],
+        eval_losses=[(row["train/step"], row["eval/loss"]) for row in rows if "eval/loss" in row],
+        cost=vars(fold.total) if fold else {},
+        cost_notes=fold.notes if fold else [],
+        checkpoints=read_checkpoints(run, check or _check_sizes),
+    )
+
+
+def read_checkpoints(run: RunDir, check: Callable[[Path], None]) -> list[Checkpoint]:
+    """The run's checkpoints, oldest first. `check` raises CheckpointError for one that is not whole."""
+    found = []
+    for path in sorted(run.checkpoints.glob("step_????????")):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        try:
+            check(path)
+        except CheckpointError as error:
+            found.append(Checkpoint(path.name, size, str(error)))
+        else:
+            found.append(Checkpoint(path.name, size, None))
+    return found
+
+
+def _check_sizes(path: Path) -> None:
+    """Quickly: every file of the manifest is there with its size; what is in it is not read."""
+    try:
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        sizes = {Path(name).name: expected["bytes"] for name, expected in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} has no readable manifest") from None
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} does not have the size its manifest says")
