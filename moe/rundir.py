@@ -11,6 +11,7 @@
       memory.json        bytes expected, by part, and the peak of the last segment
       skipped.json       batches that rollbacks passed over, when there were any
       profile/           traces of torch's profiler, when they were asked for
+      tracking.json      the run's ids in the trackers it was shown in
 
 The trainer writes these files; tracking, `moe compare` and `moe energy` read them, offline, as often as wanted.
 

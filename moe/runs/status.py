@@ -21,7 +21,7 @@ from moe.rundir import RunDir, read_metrics
 if TYPE_CHECKING:
     from moe.energy import Fold
 
-__all__ = ["RunStatus", "latest", "list_runs", "read_status"]
+__all__ = ["RunStatus", "list_runs", "read_status"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,9 @@ def read_status(path: Path) -> RunStatus:
         return _status(run)
     except MoEError as error:
         return RunStatus(name=run.name, path=str(path), state="broken", problem=str(error))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, TypeError, ValueError, LookupError, AttributeError) as error:
         problem = f"{path} is not as this program writes it ({type(error).__name__} {error})"
         return RunStatus(name=run.name, path=str(path), state="broken", problem=problem)
-
-
-def latest(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """The last value of `name` in the rows, or None."""
-    return next((row[name] for row in reversed(rows) if name in row), None)
 
 
 def _status(run: RunDir) -> RunStatus:
@@ -85,14 +80,19 @@ def _status(run: RunDir) -> RunStatus:
         started_utc=fold.segments[0].start_utc if fold else None,
         step=step,
         max_steps=max_steps,
-        tokens=latest(rows, "train/tokens") or 0,
-        train_loss=latest(rows, "train/loss"),
-        eval_loss=latest(rows, "eval/loss"),
+        tokens=int(_latest(rows, "train/tokens") or 0),
+        train_loss=_latest(rows, "train/loss"),
+        eval_loss=_latest(rows, "eval/loss"),
         device_hours=fold.total.device_hours if fold else None,
         energy_kwh=fold.total.energy_j / 3.6e6 if fold and fold.total.energy_j is not None else None,
         energy_source=fold.total.source if fold else None,
         measured=fold.total.measured if fold else None,
     )
+
+
+def _latest(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last value of `name` in the rows."""
+    return next((float(row[name]) for row in reversed(rows) if name in row), None)
 
 
 def _state(run: RunDir, step: int, max_steps: int, fold: "Fold | None") -> str:

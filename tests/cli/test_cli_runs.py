@@ -1,5 +1,6 @@
 """`moe runs`: real runs, stopped, killed, broken and living, as the command tells of them."""
 
+import io
 import json
 import os
 import random
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from moe.cli.runs import _table
+from moe.errors import MoEError
+from moe.runs import list_runs, read_details
 
 RECIPE = Path(__file__).parents[1] / "trainer" / "tiny_recipe.py"
 
@@ -95,6 +101,32 @@ def test_list_fits_into_a_terminal(folder: Path) -> None:
     if "estimate:" in done.stdout:
         assert "~" in done.stdout
     assert "…" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "[]"),
+        ("config.json", '{"train": null}'),
+        ("metrics.jsonl", '{"segment": 0, "train/step": "three", "train/loss": 1}'),
+        ("metrics.jsonl", '{"segment": 0, "train/step": 3, "train/loss": "low"}'),
+        ("metrics.jsonl", '{"train/step": 3}'),
+        ("ledger.jsonl", ""),
+        ("ledger.jsonl", "{}\n{}\n"),
+    ],
+)
+def test_a_broken_file_breaks_one_line_of_the_list(folder: Path, tmp_path: Path, file: str, text: str) -> None:
+    """The run is listed as broken with a sentence; another one beside it, whose name holds escapes, is whole."""
+    shutil.copytree(folder / "runs/done", tmp_path / "spoilt")
+    shutil.copytree(folder / "runs/done", tmp_path / "\x1b[31mred")
+    (tmp_path / "spoilt" / file).write_text(text)
+    runs = list_runs(tmp_path)
+    assert [(run.state, run.problem is None) for run in runs] == [("complete", True), ("broken", False)]
+    with Console(record=True, width=80, file=io.StringIO()) as console:
+        console.print(_table(runs))
+    assert "\x1b" not in console.export_text()
+    with pytest.raises(MoEError):
+        read_details(tmp_path / "spoilt")
 
 
 def test_show_is_one_screen(folder: Path) -> None:
