@@ -3,7 +3,6 @@
 from moe.config import Recipe
 from moe.errors import ConfigError, MoEError
 from moe.rundir import RunDir, read_metrics
-from moe.tracking.axes import Axes
 from moe.tracking.trackers import new_identity, open_tracker
 
 __all__ = ["rebuild"]
@@ -16,12 +15,12 @@ def rebuild(run: RunDir, name: str) -> int:
     ConfigError, in one sentence, when the tracker is not installed or fails, and CompareError when the run has no rows.
     """
     recipe = Recipe.from_dict(run.read_json(run.config))
-    rows, axes = read_metrics(run.metrics), Axes()
+    rows = read_metrics(run.metrics)
     try:
         new_identity(name, recipe, run)
         tracker = open_tracker(name, recipe, run, resumed_step=0)
         for row in rows:
-            tracker.log(axes.complete(row), step=row["train/step"])
+            tracker.log(row, step=row["train/step"])
         tracker.finish()
     except MoEError:
         raise

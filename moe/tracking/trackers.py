@@ -16,13 +16,13 @@ from urllib.parse import urlparse
 from moe.config import Recipe
 from moe.errors import ConfigError
 from moe.rundir import RunDir, write_json
-from moe.tracking.axes import AXES
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 __all__ = ["new_identity", "open_tracker"]
 
+AXES = ("train/step", "train/tokens", "train/device_hours", "energy/total_kwh")  # what a chart may be drawn against
 _FINISH_S = 60  # how long the end of a run waits for W&B's upload; what is missing then, `wandb sync` sends
 
 

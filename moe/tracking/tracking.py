@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from moe.config import Recipe
 from moe.parallel import ranks
 from moe.rundir import MetricsWriter, RunDir
-from moe.tracking.axes import Axes
 from moe.tracking.trackers import open_tracker
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ class Tracking:
     def __init__(self, recipe: Recipe, run: RunDir, *, segment: int, resumed_step: int) -> None:
         self._writer: MetricsWriter | None = None
         self._trackers: dict[str, GeneralTracker] = {}
-        self._axes = Axes()
         self._run = run
         if not ranks.is_first():
             return
@@ -48,11 +46,11 @@ class Tracking:
         if self._writer is None:
             return
         self._writer.append(row)
-        step, complete = row["train/step"], self._axes.complete(row)
+        step = row["train/step"]
         for name, tracker in list(self._trackers.items()):
             # what trackio was given before a restart it cannot take back: a step is not given twice
             if name != "trackio" or step > self._logged_step:
-                self._try(name, tracker.log, complete, step=step)
+                self._try(name, tracker.log, dict(row), step=step)
 
     def sync(self) -> None:
         """Put metrics.jsonl on the disk."""

@@ -12,7 +12,7 @@ Tracked = Any  # the fixture's class; conftest is not importable by name
 
 
 def test_trackio_has_each_step_once(tracked: Tracked) -> None:
-    """One run under one name; a row an axis is missing from has that of the row before."""
+    """One run under one name; rows of steps and of evaluations have every axis."""
     pytest.importorskip("trackio", reason="trackio is not installed")
     (database,) = tracked.trackio.glob("*.db")
     with sqlite3.connect(database) as connection:
@@ -28,8 +28,7 @@ def test_trackio_has_each_step_once(tracked: Tracked) -> None:
     trained = {step: row for step, row in rows if "train/loss" in row}
     for step in (10, 12, 14):
         for axis in ("train/tokens", "train/device_hours", "energy/total_kwh"):
-            assert evaluations[step][axis] == trained[step][axis]
-    assert "energy/total_kwh" not in evaluations[0]  # nothing is known yet
+            assert evaluations[step][axis] >= trained[step][axis]
     assert json.loads(config)["model"]["hidden_size"] == 16
     assert not any(tracked.key.encode() in path.read_bytes() for path in tracked.trackio.rglob("*") if path.is_file())
 
