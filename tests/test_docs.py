@@ -24,6 +24,13 @@ optimizer = torch.optim.AdamW(model.parameters())
 ids = torch.randint(61, (2, 8))
 prompts = [[1, 2, 3], [4, 5, 6]]
 """,
+    "optimization.md": """
+from moe import ModelConfig, Transformer
+model = Transformer(ModelConfig(
+    vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, attention="gqa",
+    n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=12,
+))
+""",
 }
 # inductor takes half a minute a graph; it has a test of its own
 PRELUDE = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"

@@ -45,6 +45,7 @@ class Recipe:
             self.train.fail("recompute_layers", f"exceeds the model's layers: at most {layers}")
         if self.train.max_cost is not None and self.energy.has_no_price:
             self.train.fail("max_cost", "needs energy.price_per_device_hour or energy.price_per_kwh above 0; set one")
+        self.optim.check_length(self.train.max_steps)
         self.balance.check_contradictions()
         if self.model.is_moe:
             self._check_routers()

@@ -12,6 +12,7 @@ from moe.config import Recipe
 from moe.config.fields import shortened
 from moe.errors import CheckpointError, CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
+from moe.schedule import decay_start
 
 __all__ = ["Start", "discard_later", "find_start"]
 
@@ -45,12 +46,10 @@ def find_start(recipe: Recipe, run: RunDir) -> Start:
         )
     if trained:
         _check_same(recipe, run)
-    if resume not in ("auto", "never"):
-        return _named(Path(resume), run, trained)
-    newest, complaints = newest_whole(run.checkpoints)
-    if newest is None:
-        return Start(trained=trained, complaints=tuple(complaints))
-    return _from(newest, trained, tuple(complaints))
+    start = _newest(run, trained) if resume in ("auto", "never") else _named(Path(resume), run, trained)
+    if start.checkpoint:
+        _check_decay(recipe, run, start.step)
+    return start
 
 
 def discard_later(run: RunDir, start: Start) -> list[Path]:
@@ -68,6 +67,13 @@ def _has_trained(run: RunDir) -> bool:
     if list_checkpoints(run.checkpoints):
         return True
     return run.metrics.is_file() and any("train/loss" in row for row in read_metrics(run.metrics))
+
+
+def _newest(run: RunDir, trained: bool) -> Start:
+    newest, complaints = newest_whole(run.checkpoints)
+    if newest is None:
+        return Start(trained=trained, complaints=tuple(complaints))
+    return _from(newest, trained, tuple(complaints))
 
 
 def _named(checkpoint: Path, run: RunDir, trained: bool) -> Start:
@@ -95,18 +101,31 @@ def _from(checkpoint: Path, trained: bool, complaints: tuple[str, ...]) -> Start
 
 def _check_same(recipe: Recipe, run: RunDir) -> None:
     try:
-        before = run.read_json(run.config)
-    except CompareError as error:
+        before = Recipe.from_dict(run.read_json(run.config)).to_dict()  # of a field newer than the run: its default
+    except (CompareError, ConfigError) as error:
         raise ConfigError(f"run.name={recipe.run.name!r}: {error}") from None
     for name, section in recipe.sections().items():
         for field in dataclasses.fields(section):
             value = section.to_dict()[field.name]
-            old = before.get(name, {}).get(field.name)
+            old = before[name][field.name]
             if not field.metadata["may_change"] and old != value:
                 raise ConfigError(
                     f"{name}.{field.name}={_show(value)} differs from run {recipe.run.name!r}, which has {_show(old)}; "
                     "choose another run.name for a new run"
                 )
+
+
+def _check_decay(recipe: Recipe, run: RunDir, step: int) -> None:
+    """Under wsd the length may change until the decay begins: later, the steps behind had other rates than it says."""
+    before = run.read_json(run.config)["train"]["max_steps"]
+    wanted = recipe.train.max_steps
+    begins = min(decay_start(recipe.optim, before), decay_start(recipe.optim, wanted))
+    if recipe.optim.schedule == "wsd" and recipe.optim.decay_steps and before != wanted and step > begins:
+        recipe.train.fail(
+            "max_steps",
+            f"differs from run {recipe.run.name!r}, which has {before}, and would move a decay that begins at step "
+            f"{begins}, before its step {step}; go back to a checkpoint before that with train.resume=PATH",
+        )
 
 
 def _show(value: Any) -> str:

@@ -10,9 +10,10 @@ from moe.balancer import Balancer, Load
 from moe.config import Recipe
 from moe.data.sequences import document_ids
 from moe.model import Transformer
-from moe.optim import learning_rate, set_learning_rate
+from moe.optim import set_learning_rate
 from moe.parallel import ranks
 from moe.parallel.engine import Engine
+from moe.schedule import learning_rate
 from moe.trainer.breakdown import Breakdown
 from moe.trainer.hooks import Hooks
 from moe.trainer.metering import TrainingMeter
