@@ -12,6 +12,7 @@
       skipped.json       batches that rollbacks passed over, when there were any
       profile/           traces of torch's profiler, when they were asked for
       tracking.json      the run's ids in the trackers it was shown in
+      branch.json        of a run made by `moe branch`: which trunk it left, where, and what that had cost
 
 The trainer writes these files; tracking, `moe compare` and `moe energy` read them, offline, as often as wanted.
 
@@ -50,6 +51,7 @@ class RunDir:
         self.skipped = self.root / "skipped.json"
         self.profile = self.root / "profile"
         self.memory = self.root / "memory.json"
+        self.branch = self.root / "branch.json"
 
     @classmethod
     def named(cls, name: str, runs: str | Path = "runs") -> "RunDir":

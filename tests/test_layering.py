@@ -26,7 +26,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.cache", "moe.generate"},),  # below the model, whose generate() is a method
     ({"moe.model"},),
     ({"moe.balancer", "moe.data", "moe.optim", "moe.replay", "moe.schedule", "moe.checkpoint"},),
-    ({"moe.parallel.engine", "moe.tracking"},),
+    ({"moe.parallel.engine", "moe.tracking", "moe.branch"},),
     ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}, {"moe.runs"}),
     ({"moe.cli"},),
 )

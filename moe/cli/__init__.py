@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 # subcommand -> the line `moe --help` prints for it (so that help imports no subcommand)
 _COMMANDS = {
+    "branch": "Make a run that shares a trunk's first steps and then decays.",
     "compare": "Compare runs with their baselines at equal loss: table, JSON, HTML.",
     "energy": "Meter any program; report what a run cost.",
     "generate": "Continue a prompt with a trained run.",

@@ -30,7 +30,7 @@ from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import StopRequest
 from moe.trainer.start import Start, discard_later, find_start
 
-__all__ = ["main", "train"]
+__all__ = ["exit_with", "main", "train"]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -48,12 +48,12 @@ def main(recipe: Recipe, words: Sequence[str] | None = None, *, hooks: Hooks | N
     try:
         outcome = train(parse_overrides(recipe, words), hooks=hooks)
     except MoEError as error:
-        _exit(str(error))
+        exit_with(str(error))
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         name = error.filename or "a file"
-        _exit(f"{name} cannot be written ({error.strerror}); mend that, and the same command goes on")
+        exit_with(f"{name} cannot be written ({error.strerror}); mend that, and the same command goes on")
     if outcome.reason in signal.Signals.__members__:
         raise SystemExit(128 + signal.Signals[outcome.reason])
 
@@ -201,7 +201,8 @@ def _say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
-def _exit(sentence: str) -> NoReturn:
+def exit_with(sentence: str) -> NoReturn:
+    """End the process with exit code 2 and this sentence, which the first local rank says for all."""
     if ranks.local_rank() == 0:
         print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(2)

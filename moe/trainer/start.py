@@ -124,7 +124,8 @@ def _check_decay(recipe: Recipe, run: RunDir, step: int) -> None:
         recipe.train.fail(
             "max_steps",
             f"differs from run {recipe.run.name!r}, which has {before}, and would move a decay that begins at step "
-            f"{begins}, before its step {step}; go back to a checkpoint before that with train.resume=PATH",
+            f"{begins}, before its step {step}; go back to a checkpoint before that with train.resume=PATH, or branch "
+            "from one with moe branch",
         )
 
 
