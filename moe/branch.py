@@ -36,7 +36,7 @@ def branch(trunk: RunDir, step: int, decay_steps: int, name: str | None = None) 
     Raises ConfigError for steps, a name or a schedule that do not fit, CheckpointError for a checkpoint that is not
     there or damaged, CompareError and LedgerError when the trunk's files cannot be read.
     """
-    recipe = Recipe.from_dict(trunk.read_json(trunk.config))
+    recipe = Recipe.read(trunk.config)
     _check_schedule(recipe, trunk, step, decay_steps)
     checkpoint = _checkpoint(trunk, step)
     state = read_state(checkpoint)

@@ -1,8 +1,10 @@
 """A whole recipe: everything that decides what a run does, and the checks that need more than one section."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moe.config.balance import BalanceConfig
@@ -84,3 +86,16 @@ class Recipe:
             if name not in types:
                 raise ConfigError(f"{name!r} is not a section{nearest(name, types)}")
         return cls(**{name: types[name].from_dict(section) for name, section in values.items()})  # type: ignore[arg-type]
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """The recipe in a run directory's config.json; a field that is newer than the run has its default.
+
+        Raises ConfigError, with the path, for a file that cannot be read or describes no run.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); restore it from a copy") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} does not describe a run ({error}); restore it from a copy") from None

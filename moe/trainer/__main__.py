@@ -21,7 +21,7 @@ def recipe_of(words: Sequence[str]) -> Recipe:
     if not words or "=" in words[0]:
         raise ConfigError("no run directory: accelerate launch -m moe.trainer runs/NAME [section.field=value ...]")
     run = RunDir.existing(words[0])
-    recipe = Recipe.from_dict(run.read_json(run.config))
+    recipe = Recipe.read(run.config)
     return dataclasses.replace(
         recipe,
         run=dataclasses.replace(recipe.run, name=run.name, directory=os.path.relpath(run.root.resolve().parent)),

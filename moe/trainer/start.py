@@ -10,7 +10,7 @@ from typing import Any
 from moe.checkpoint import list_checkpoints, newest_whole, read_state, step_of, verify
 from moe.config import Recipe
 from moe.config.fields import shortened
-from moe.errors import CheckpointError, CompareError, ConfigError
+from moe.errors import CheckpointError, ConfigError
 from moe.rundir import RunDir, read_metrics
 from moe.schedule import decay_start
 
@@ -101,8 +101,8 @@ def _from(checkpoint: Path, trained: bool, complaints: tuple[str, ...]) -> Start
 
 def _check_same(recipe: Recipe, run: RunDir) -> None:
     try:
-        before = Recipe.from_dict(run.read_json(run.config)).to_dict()  # of a field newer than the run: its default
-    except (CompareError, ConfigError) as error:
+        before = Recipe.read(run.config).to_dict()
+    except ConfigError as error:
         raise ConfigError(f"run.name={recipe.run.name!r}: {error}") from None
     for name, section in recipe.sections().items():
         for field in dataclasses.fields(section):
@@ -117,7 +117,7 @@ def _check_same(recipe: Recipe, run: RunDir) -> None:
 
 def _check_decay(recipe: Recipe, run: RunDir, step: int) -> None:
     """Under wsd the length may change until the decay begins: later, the steps behind had other rates than it says."""
-    before = run.read_json(run.config)["train"]["max_steps"]
+    before = Recipe.read(run.config).train.max_steps
     wanted = recipe.train.max_steps
     begins = min(decay_start(recipe.optim, before), decay_start(recipe.optim, wanted))
     if recipe.optim.schedule == "wsd" and recipe.optim.decay_steps and before != wanted and step > begins:

@@ -73,7 +73,7 @@ def test_the_branch_learns_as_the_trunk_until_its_rate_falls(place: Path) -> Non
     trunk, mine = _rows(place / "runs/trunk"), _rows(place / "runs/trunk-at-15")
     assert list(mine) == list(range(1, AT + DECAY + 1))
     assert all(mine[step] == trunk[step] for step in range(1, AT + 1))
-    recipe = Recipe.from_dict(json.loads((place / "runs/trunk-at-15/config.json").read_text()))
+    recipe = Recipe.read(place / "runs/trunk-at-15/config.json")
     assert (recipe.run.name, recipe.optim.decay_steps, recipe.train.max_steps) == ("trunk-at-15", DECAY, AT + DECAY)
     for step, row in mine.items():
         assert row["train/lr"] == learning_rate(recipe.optim, step - 1, AT + DECAY)
@@ -152,6 +152,7 @@ def test_a_run_that_decays_keeps_its_length(place: Path, monkeypatch: pytest.Mon
         ("trunk", 3, 4, "b", "--at 3 lies within the warm-up of runs/trunk; branch at 5 or later"),
         ("trunk-at-15", 19, 4, "b", "--at 19: runs/trunk-at-15 has decayed since step 15; branch there or before"),
         ("cosine", 15, 4, "b", "runs/cosine has optim.schedule=cosine, which falls from the warm-up on; branch from"),
+        ("empty", 15, 4, "b", "runs/empty/config.json does not describe a run (Recipe.__init__() missing"),
         ("torn", 15, 4, "b", "model.safetensors does not match its manifest"),
         ("forgetful", 15, 4, "b", "does not reach the checkpoint's line"),
         ("unmetered", 15, 4, "b", "ledger runs/unmetered/ledger.jsonl cannot be read: No such file or directory"),
@@ -163,10 +164,13 @@ def test_what_cannot_be_branched_is_refused(
     """One sentence each, and nothing is left behind."""
     monkeypatch.chdir(place)
     trunk = Path("runs", run)
-    if run in ("cosine", "torn", "forgetful", "unmetered"):
+    config = trunk / "config.json"
+    if run in ("cosine", "empty", "torn", "forgetful", "unmetered"):
         shutil.copytree("runs/trunk", trunk, dirs_exist_ok=True)
-        config = trunk / "config.json"
-        config.write_text(config.read_text().replace("wsd", "cosine" if run == "cosine" else "wsd"))
+    if run == "cosine":
+        config.write_text(config.read_text().replace("wsd", "cosine"))
+    if run == "empty":
+        config.write_text("{}")
     if run == "torn":
         (trunk / "checkpoints/step_00000015/model.safetensors").write_bytes(b"")
     if run == "forgetful":
@@ -190,7 +194,7 @@ def test_a_branch_can_be_branched_before_its_decay(place: Path, monkeypatch: pyt
     assert made.read_json(made.skipped) == {"skipped": skipped[:2]}
     facts, first = made.read_json(made.branch), json.loads(Path("runs/trunk-at-15/branch.json").read_text())
     assert facts == {**first, "trunk": "trunk-at-15"}
-    assert Recipe.from_dict(made.read_json(made.config)).train.max_steps == AT + 9
+    assert Recipe.read(made.config).train.max_steps == AT + 9
 
 
 def test_the_trainer_says_what_is_wrong(place: Path) -> None:
