@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe.config.architecture import Architecture
 
-__all__ = ["attention_matrices", "flops_per_token", "num_parameters", "parameters", "twin_residual"]
+__all__ = ["attention_matrices", "flops_per_token", "hidden_matrices", "num_parameters", "parameters", "twin_residual"]
+
+_FEED_FORWARDS = ("dense_ffn", "shared_experts", "routed_experts")
 
 
 def parameters(config: "Architecture", *, active: bool = False) -> dict[str, int]:
@@ -77,6 +79,20 @@ def attention_matrices(config: "Architecture") -> int:
         up = rank * heads * (config.qk_nope_head_dim + config.value_head_dim)
         return query + hidden * (rank + config.qk_rope_head_dim) + up + output
     return hidden * (q_width + 2 * _kv_width(config)) + output
+
+
+def hidden_matrices(config: "Architecture") -> int:
+    """Parameters of the matrices between embedding and head, experts' and multi-token prediction's included.
+
+    Routers are not among them. These are what Muon trains; see `moe.optim.roles`.
+    """
+    modules = config.num_nextn_predict_layers
+    layers = range(config.num_hidden_layers + modules)
+    total = modules * 2 * config.hidden_size**2
+    for number in layers:
+        parts = _layer(config, moe=config.is_moe_layer(number), active=False)
+        total += attention_matrices(config) + sum(parts[part] for part in _FEED_FORWARDS)
+    return total
 
 
 def _layer(config: "Architecture", *, moe: bool, active: bool) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 from moe.accounting.activations import BF16, FP32, MicroBatch
-from moe.accounting.counts import num_parameters
+from moe.accounting.counts import hidden_matrices, num_parameters
 
 if TYPE_CHECKING:
     from moe.config.architecture import Architecture
@@ -18,12 +18,13 @@ def memory(
     seq_len: int,
     precision: Literal["fp32", "bf16"] = "fp32",
     recompute_layers: int = 0,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, int]:
     """Bytes one process of the trainer holds between a forward and its backward pass, by part; they add up.
 
     weights: fp32 in both precisions (bf16 is autocast over them), selection biases with them.
     gradients: fp32.
-    optimizer: AdamW's two moments, fp32.
+    optimizer: AdamW's two moments, fp32; one momentum for what Muon trains.
     activations: what autograd keeps of one micro-batch, on the torch backend on a CPU. Autocast's copies of weights are
         among it, and the output head's gradients, which it works out in the forward pass.
 
@@ -34,16 +35,18 @@ def memory(
     Args:
         precision: as `train.precision`.
         recompute_layers: as `train.recompute_layers`: this many first layers keep only input and routing decisions.
+        optimizer: as `optim.name`.
     """
     numbers = num_parameters(config)
     trained = numbers - _selection_biases(config)
+    single = hidden_matrices(config) if optimizer == "muon" else 0
     batch = MicroBatch(
         config, micro_batch_size, seq_len, compute=FP32 if precision == "fp32" else BF16, recomputed=recompute_layers
     )
     return {
         "weights": numbers * FP32,
         "gradients": trained * FP32,
-        "optimizer": trained * 2 * FP32,
+        "optimizer": (2 * trained - single) * FP32,
         "activations": batch.activations(),
     }
 

@@ -14,7 +14,7 @@ def rebuild(run: RunDir, name: str) -> int:
     In W&B and trackio it becomes a new run, which a resume then continues; TensorBoard forgets what it had. Raises
     ConfigError, in one sentence, when the tracker is not installed or fails, and CompareError when the run has no rows.
     """
-    recipe = Recipe.from_dict(run.read_json(run.config))
+    recipe = Recipe.read(run.config)
     rows = read_metrics(run.metrics)
     try:
         new_identity(name, recipe, run)

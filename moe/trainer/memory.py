@@ -22,6 +22,7 @@ def budget(recipe: Recipe, micro_batch_size: int) -> dict[str, int]:
         seq_len=train.seq_len,
         precision=train.precision,
         recompute_layers=train.recompute_layers,
+        optimizer=recipe.optim.name,
     )
 
 

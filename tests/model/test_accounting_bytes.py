@@ -123,6 +123,20 @@ def test_a_step_holds_what_the_arithmetic_says(name: str) -> None:
     assert wanted["activations"] == pytest.approx(kept, rel=0.01)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_muon_keeps_one_momentum_of_its_matrices(name: str) -> None:
+    """Exactly: two moments for what AdamW trains beside it, one for each matrix Muon takes."""
+    config, sequences, length, *_ = CASES[name]
+    model = Transformer(config)
+    optimizer = build_optimizer(model, OptimConfig(name="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    wanted = memory(config, micro_batch_size=sequences, seq_len=length, optimizer="muon")
+    assert wanted["optimizer"] == _bytes(kept)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[-1] == 0])
 def test_hooks_on_saved_tensors_see_the_same(name: str) -> None:
     """Unique storages that autograd saves, other than parameters and buffers: another way to measure, where it can."""

@@ -22,6 +22,7 @@ WORDS = [
 ]  # fmt: skip
 OPTIONS = {
     "as it is": [],
+    "Muon, warm-up-stable-decay": ["optim.name=muon", "optim.schedule=wsd", "optim.decay_steps=5"],
     "bf16, recomputed, quantile, multi-token prediction": [
         "train.precision=bf16", "train.recompute_layers=1", "balance.method=quantile", "balance.quantile_step=0.5",
         "model.num_nextn_predict_layers=1", "data.mask_documents=true",
