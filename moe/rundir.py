@@ -4,7 +4,7 @@
       config.json        the resolved recipe, one object per section
       environment.json   commit, versions, devices, launch
       data.json          hashes of corpus, splits and tokenizer; tokens and bytes of the validation split
-      tokenizer.json     the tokenizer the run was trained with
+      tokenizer.json     the tokenizer the run was trained with; tokenizer_config.json names its end-of-text token
       metrics.jsonl      append-only, one object a line (below)
       ledger.jsonl       energy ledger of the first node; ledger.nodeN.jsonl on the others
       checkpoints/       step_NNNNNNNN/ with a manifest of checksums

@@ -35,14 +35,14 @@ def generate(
     import torch
     from tokenizers import Tokenizer
 
-    from moe.data.tokens import END_OF_TEXT
+    from moe.data.tokenizer import DocumentEncoder
     from moe.model import Transformer
 
     tokenizer = Tokenizer.from_file(str(directory.tokenizer))
     model = Transformer.from_pretrained(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    ids = tokenizer.encode(prompt or END_OF_TEXT).ids  # an empty prompt starts a document
+    end = DocumentEncoder(directory.tokenizer).end_token
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]  # an empty prompt starts a document
     new = model.to(device).generate(
         [ids], tokens, temperature=temperature, end_token=end, generator=torch.Generator(device).manual_seed(seed)
     )

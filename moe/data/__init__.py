@@ -1,7 +1,20 @@
-"""Text to batches: corpus -> tokenizer -> token arrays -> sequences by number."""
+"""Text to batches: sources -> documents -> tokenizer -> tokens, in memory, in shards or as a stream -> sequences."""
 
-from moe.data.corpus import Corpus, load_corpus
-from moe.data.sequences import Sequences
-from moe.data.tokens import TokenData, prepare
+from moe.data.load import Sampling, TrainingData, load_data, make_tokenizer, open_sources
+from moe.data.mixture import Mixture
+from moe.data.prefetch import Prefetch
+from moe.data.sequences import SequenceReader, Sequences
+from moe.data.tokens import DataFacts
 
-__all__ = ["Corpus", "Sequences", "TokenData", "load_corpus", "prepare"]
+__all__ = [
+    "DataFacts",
+    "Mixture",
+    "Prefetch",
+    "Sampling",
+    "SequenceReader",
+    "Sequences",
+    "TrainingData",
+    "load_data",
+    "make_tokenizer",
+    "open_sources",
+]

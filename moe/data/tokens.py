@@ -1,24 +1,51 @@
-"""A byte-level BPE tokenizer for the corpus, and the corpus as one array of token ids a split."""
+"""A source as tokens: what each split holds, with a hash that names exactly its text."""
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe.data.corpus import Corpus
+from moe.data.sources import Source
+from moe.data.tokenizer import DocumentEncoder
 from moe.errors import DataError
 
-__all__ = ["END_OF_TEXT", "DataFacts", "TokenData", "prepare", "train_tokenizer"]
+__all__ = ["DataFacts", "SourceTokens", "SplitTokens", "Tally", "Tokens", "joint_sha256", "tokenise", "tokenise_split"]
 
-END_OF_TEXT = "<|endoftext|>"  # id 0; ends every document
+
+class Tokens(Protocol):
+    """Token ids by place: an array, or shards on the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice, /) -> NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """A split: documents one after another, each ended by the end token. `sha256` and `bytes` are of the text."""
+
+    tokens: Tokens
+    documents: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceTokens:
+    """Both splits of a source. `sha256` is that of all that decides its tokens, apart from the tokenizer."""
+
+    name: str
+    train: SplitTokens
+    validation: SplitTokens
+    sha256: str
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What data.json holds: enough to tell whether two runs saw the same data."""
+    """What data.json holds: enough to tell whether two runs saw the same data. A stream's length is not known."""
 
     source: str
     corpus_sha256: str
@@ -26,74 +53,57 @@ class DataFacts:
     validation_sha256: str
     tokenizer_sha256: str
     vocab_size: int
-    train_tokens: int
+    train_tokens: int | None
     validation_tokens: int
     validation_bytes: int
 
-    def to_dict(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int | None]:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class TokenData:
-    """The corpus as token ids: documents one after another, each ended by END_OF_TEXT."""
+class Tally:
+    """Counts documents and their bytes as they pass, and hashes their text."""
 
-    train: NDArray[np.int32]
-    validation: NDArray[np.int32]
-    facts: DataFacts
-    end_token: int
+    def __init__(self, name: str) -> None:
+        self.name, self._digest = name, hashlib.sha256()
+        self.documents = self.bytes = 0
 
+    def through(self, documents: Iterable[str]) -> Iterator[str]:
+        """The same documents. Raises DataError for one that is not text."""
+        for text in documents:
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"data.source={self.name!r}: document {self.documents} holds half a surrogate pair, which is not "
+                    "UTF-8 text; remove it"
+                ) from None
+            self._digest.update(len(raw).to_bytes(8, "little"))
+            self._digest.update(raw)
+            self.documents += 1
+            self.bytes += len(raw)
+            yield text
 
-def prepare(corpus: Corpus, tokenizer_file: Path, vocab_size: int) -> TokenData:
-    """Tokenise `corpus` with the tokenizer at `tokenizer_file`. Raises DataError when sizes disagree."""
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises plain Exception for every kind of bad file
-        raise DataError(f"{tokenizer_file} is not a tokenizer ({error}); delete it to train it again") from None
-    found = tokenizer.get_vocab_size()
-    if found != vocab_size:
-        raise DataError(f"model.vocab_size={vocab_size} but {tokenizer_file} has {found} tokens; make them equal")
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-        raise DataError(f"the tokenizer has no {END_OF_TEXT} token; delete tokenizer.json to train it again")
-    train, validation = _encode(tokenizer, corpus.train, end), _encode(tokenizer, corpus.validation, end)
-    facts = DataFacts(
-        source=corpus.source,
-        corpus_sha256=corpus.sha256,
-        train_sha256=corpus.train_sha256,
-        validation_sha256=corpus.validation_sha256,
-        tokenizer_sha256=hashlib.sha256(tokenizer_file.read_bytes()).hexdigest(),
-        vocab_size=vocab_size,
-        train_tokens=len(train),
-        validation_tokens=len(validation),
-        validation_bytes=sum(len(text.encode()) for text in corpus.validation),
-    )
-    return TokenData(train, validation, facts, end)
+    @property
+    def sha256(self) -> str:
+        """Of all text so far, and of where documents end."""
+        return self._digest.hexdigest()
 
 
-def train_tokenizer(corpus: Corpus, vocab_size: int, file: Path) -> None:
-    """Train byte-level BPE on the training split and save it. Raises DataError when the text is too small."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise DataError(f"model.vocab_size={vocab_size} must exceed {len(alphabet)}: every byte is a token")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus.train, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size} is more than this corpus yields ({tokenizer.get_vocab_size()}); lower it"
-        )
-    aside = file.with_name(f".{file.name}")
-    tokenizer.save(str(aside))
-    aside.replace(file)
+def tokenise(source: Source, encoder: DocumentEncoder) -> SourceTokens:
+    """Both splits in memory, two or four bytes a token; the text is not kept."""
+    train = tokenise_split(source.name, source.documents("train"), encoder)
+    validation = tokenise_split(source.name, source.documents("validation"), encoder)
+    return SourceTokens(source.name, train, validation, joint_sha256((train.sha256, validation.sha256)))
 
 
-def _encode(tokenizer: Tokenizer, texts: tuple[str, ...], end: int) -> NDArray[np.int32]:
-    ids: list[NDArray[np.int32]] = []
-    for encoding in tokenizer.encode_batch_fast(list(texts)):
-        ids.append(np.asarray([*encoding.ids, end], dtype=np.int32))
-    return np.concatenate(ids)
+def joint_sha256(parts: Sequence[str]) -> str:
+    """One hash for several, in their order."""
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def tokenise_split(name: str, documents: Iterable[str], encoder: DocumentEncoder) -> SplitTokens:
+    """Documents of the source `name` as one array."""
+    tally = Tally(name)
+    ids = np.concatenate(list(encoder.encode(tally.through(documents))))
+    return SplitTokens(ids, tally.documents, tally.bytes, tally.sha256)

@@ -4,8 +4,10 @@ Rank and world size come from torch.distributed itself: under DeepSpeed on CPU a
 process while there are two.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "all_reduce_sum",
     "barrier",
+    "gather_json",
     "gather_texts",
     "is_first",
     "local_rank",
@@ -22,8 +25,6 @@ __all__ = [
     "sum_numbers",
     "world_size",
 ]
-
-_TEXT_BYTES = 256
 
 
 def _active() -> bool:
@@ -76,12 +77,21 @@ def barrier() -> None:
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
-    """Every rank's `text` in rank order (at most 256 bytes each), as tensors: object collectives would pickle."""
+    """Every rank's `text` in rank order, as tensors: object collectives would pickle."""
     if world_size() == 1:
         return [text]
-    raw = text.encode()[:_TEXT_BYTES]
-    mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-    mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else mine[:0]
-    everyone = [torch.empty_like(mine, device=device) for _ in range(world_size())]
-    dist.all_gather(everyone, mine.to(device))
-    return [bytes(part.tolist()).rstrip(b"\0").decode() for part in everyone]
+    raw = text.encode()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(raw)], device=device))
+    longest = max(int(length) for length in lengths)
+    mine = torch.frombuffer(bytearray(raw.ljust(max(1, longest), b"\0")), dtype=torch.uint8).to(device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    return [
+        bytes(part.tolist())[: int(length)].decode() for part, length in zip(everyone, lengths, strict=True)
+    ]
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Every rank's JSON value in rank order."""
+    return [json.loads(text) for text in gather_texts(json.dumps(value), device)]

@@ -13,8 +13,7 @@ import torch
 from moe.balancer import Balancer
 from moe.config import Recipe, parse_overrides
 from moe.config.parse import help_text
-from moe.data import TokenData, load_corpus, prepare
-from moe.data.tokens import train_tokenizer
+from moe.data import TrainingData
 from moe.errors import ConfigError, MoEError
 from moe.model import Transformer
 from moe.optim import build_optimizer
@@ -23,6 +22,7 @@ from moe.parallel.engine import Engine
 from moe.rundir import RunDir, write_json
 from moe.tracking import Tracking
 from moe.trainer import memory
+from moe.trainer.data import load_run_data
 from moe.trainer.environment import describe
 from moe.trainer.hooks import Hooks
 from moe.trainer.loop import Loop, Outcome
@@ -109,7 +109,7 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
         closing.callback(tracking.close)
         meter.phase("data")
-        data = _data(recipe, run, trained=start.trained)
+        data = load_run_data(recipe, run, trained=start.trained)
         meter.phase("idle")
         loop = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop)
         _say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")
@@ -126,7 +126,7 @@ def _loop(
     run: RunDir,
     engine: Engine,
     start: Start,
-    data: TokenData,
+    data: TrainingData,
     hooks: Hooks,
     meter: TrainingMeter,
     tracking: Tracking,
@@ -157,35 +157,6 @@ def _check_agreement(start: Start, engine: Engine) -> None:
         raise ConfigError(
             f"ranks found checkpoints of steps {', '.join(steps)}: run.directory must be shared by all nodes"
         )
-
-
-def _data(recipe: Recipe, run: RunDir, *, trained: bool) -> TokenData:
-    """The first rank trains the tokenizer into the run directory; every rank reads it there and tokenises alike.
-
-    Raises ConfigError when the run was trained on other text: half a curve on each would be no curve.
-    """
-    corpus = load_corpus(recipe.data)
-    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        train_tokenizer(corpus, recipe.model.vocab_size, run.tokenizer)
-    ranks.barrier()
-    data = prepare(corpus, run.tokenizer, recipe.model.vocab_size)
-    facts = data.facts.to_dict()
-    if trained and run.data.is_file():
-        for name, before in run.read_json(run.data).items():
-            if name.endswith("sha256") and facts.get(name) != before:
-                raise ConfigError(
-                    f"data.source={recipe.data.source}: {name} is {str(facts.get(name))[:16]}, but run "
-                    f"{recipe.run.name!r} was trained with {str(before)[:16]}; restore that text (and Python version, "
-                    "for stdlib), or choose another run.name"
-                )
-    ranks.barrier()  # everyone has compared before the first rank writes
-    if ranks.is_first():
-        write_json(run.data, facts)
-    _say(
-        f"{data.facts.source}: {data.facts.train_tokens:,} training and {data.facts.validation_tokens:,} validation "
-        f"tokens, corpus sha256 {data.facts.corpus_sha256[:16]}"
-    )
-    return data
 
 
 def _farewell(run: RunDir, outcome: Outcome) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.balancer import LoadCounter
-from moe.data import Sequences
+from moe.data import SequenceReader
 from moe.data.sequences import document_ids
 from moe.data.tokens import DataFacts
 from moe.parallel import ranks
@@ -20,7 +20,7 @@ __all__ = ["evaluate"]
 def evaluate(
     model: nn.Module,
     engine: Engine,
-    sequences: Sequences,
+    sequences: SequenceReader,
     facts: DataFacts,
     *,
     count: int,

@@ -12,13 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from moe.balancer import Balancer
 from moe.checkpoint import Saver, newest_whole, step_of
 from moe.config import Recipe
-from moe.data import Sequences, TokenData
+from moe.data import TrainingData
 from moe.errors import TrainingError
 from moe.model import Transformer
 from moe.parallel import ranks
@@ -26,6 +25,7 @@ from moe.parallel.engine import Engine
 from moe.rundir import RunDir
 from moe.tracking import Tracking
 from moe.trainer import memory
+from moe.trainer.batches import Batches
 from moe.trainer.breakdown import Breakdown
 from moe.trainer.evaluate import evaluate
 from moe.trainer.hooks import Hooks
@@ -69,7 +69,7 @@ class Loop:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
         balancer: Balancer,
-        data: TokenData,
+        data: TrainingData,
         hooks: Hooks,
         meter: TrainingMeter,
         tracking: Tracking,
@@ -89,11 +89,19 @@ class Loop:
 
         self.facts = data.facts
         self.end_token = data.end_token if recipe.data.mask_documents else None
-        self.train_sequences = Sequences(data.train, train.seq_len, recipe.run.seed)
-        self.eval_sequences = Sequences(data.validation, train.seq_len, None)
+        self.eval_sequences = data.validation
         if len(self.eval_sequences) < engine.ranks:
             train.fail("seq_len", f"leaves {len(self.eval_sequences)} validation sequences for {engine.ranks} ranks")
         self.passed_over = PassedOver(run)
+        self.batches = Batches(
+            data.train,
+            self.passed_over,
+            sequential=recipe.data.streaming,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=self.micro_batch,
+            accumulation=self.accumulation,
+        )
+        self.batches.restore(state.get("data", []), first_step)
 
         watched = train.on_spike != "stop" or train.spike_sigmas is not None
         self.guard = SpikeGuard(train.spike_sigmas, state.get("recent_steps", ())) if watched else None
@@ -133,6 +141,7 @@ class Loop:
             raise TrainingError(memory.explain(self.recipe, self.micro_batch, at, self.engine.device)) from None
         finally:
             self.profile.close()
+            self.batches.close()
             self.saver.close()
 
     def _steps(self, progress: tqdm) -> Outcome:
@@ -148,6 +157,7 @@ class Loop:
             if result.refused and self._refuse(step, result) == "rollback":
                 return Outcome(step, "rollback")
             step += 1
+            self.batches.accept()
             self.meter.progress(step, step * self.tokens_per_step)
             if step % train.log_every_steps == 0 or step == train.max_steps:
                 cost = self.meter.cost()
@@ -172,28 +182,16 @@ class Loop:
     def _step(self, step: int) -> StepResult:
         self.meter.phase("data")
         self.breakdown.switch("data")
-        micro_batches = self._micro_batches(step)
+        micro_batches = self.batches.take(step)
         self.breakdown.switch("other")
         result = self.stepper.step(step, micro_batches, stop=bool(self.stop))
         self._before_last, self._last = self._last, result
         return result
 
-    def _micro_batches(self, step: int) -> list[Tensor]:
-        """This rank's share of a step's sequences."""
-        first = self._first_sequence(step) + ranks.rank() * self.micro_batch * self.accumulation
-        return [
-            self.train_sequences.batch(first + number * self.micro_batch, self.micro_batch)
-            for number in range(self.accumulation)
-        ]
-
-    def _first_sequence(self, step: int) -> int:
-        return (step + self.passed_over.before(step)) * self.recipe.train.global_batch_size
-
     def _refuse(self, step: int, result: StepResult) -> str:
         """The guard refused the update of step `step` + 1: do as `train.on_spike` says, and name step and batch."""
         train = self.recipe.train
-        first = self._first_sequence(step)
-        cause = f"{result.refused} at step {step + 1} (sequences {first} to {first + train.global_batch_size - 1})"
+        cause = f"{result.refused} at step {step + 1} ({self.batches.sequences(step)})"
         if train.on_spike == "stop":
             self._save(step)
             self.saver.wait()
@@ -261,11 +259,10 @@ class Loop:
             return
         loss, norm = self._last.logged()["train/loss"], float(self._last.norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            first = self._first_sequence(step - 1)
             raise TrainingError(
-                f"train/loss is {loss} and train/grad_norm is {norm} at step {step} (sequences {first} to "
-                f"{first + self.recipe.train.global_batch_size - 1}); every checkpoint in {self.run.checkpoints} is of "
-                "before: go on with train.on_spike=skip or rollback, or start a new run.name with a lower optim.lr"
+                f"train/loss is {loss} and train/grad_norm is {norm} at step {step} "
+                f"({self.batches.sequences(step - 1)}); every checkpoint in {self.run.checkpoints} is of before: "
+                "go on with train.on_spike=skip or rollback, or start a new run.name with a lower optim.lr"
             )
 
     def _evaluation_due(self, step: int) -> bool:
@@ -300,6 +297,8 @@ class Loop:
         ledger = self.meter.flush(step, tokens)
         self.tracking.sync()
         state: dict[str, Any] = {"tokens": tokens, "ledger": ledger}
+        if self.recipe.data.streaming:
+            state["data"] = self.batches.places(self.engine.device)
         if self.guard is not None:
             state["recent_steps"] = self.guard.recent
         self.saver.save(step, partial(self.engine.capture, self.model, self.optimizer, state))

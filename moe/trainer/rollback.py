@@ -26,6 +26,10 @@ class PassedOver:
         """How many batches steps up to `step` have passed over."""
         return sum(entry["batches"] for entry in self._entries if entry["step"] <= step)
 
+    def at(self, step: int) -> int:
+        """How many batches lie between those of the step before and of `step`, passed over."""
+        return sum(entry["batches"] for entry in self._entries if entry["step"] == step)
+
     def roll_back(self, back_to: int, step: int, cause: str) -> None:
         """Write down that the run goes back to step `back_to` and on with the batches after those of step `step`.
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from moe.checkpoint import capture, write_checkpoint
-from moe.config import DataConfig, ModelConfig, OptimConfig, Recipe, RunConfig
-from moe.data import load_corpus
-from moe.data.tokens import train_tokenizer
+from moe.config import ModelConfig, OptimConfig, Recipe, RunConfig
+from moe.data.tokenizer import train_tokenizer
 from moe.model import Transformer
 from moe.optim import build_optimizer
 from moe.rundir import RunDir, write_json
@@ -29,7 +28,7 @@ def test_a_run_continues_a_prompt(tmp_path: Path) -> None:
     run = RunDir.named("talker", tmp_path)
     run.create()
     write_json(run.config, Recipe(run=RunConfig(name="talker"), model=config).to_dict())
-    train_tokenizer(load_corpus(DataConfig(source=str(tmp_path / "text"))), 290, run.tokenizer)
+    train_tokenizer([(tmp_path / "text").read_text()], 290, run.tokenizer)
     torch.manual_seed(0)
     model = Transformer(config)
     for step in (1, 2):

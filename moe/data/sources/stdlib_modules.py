@@ -1,4 +1,4 @@
-"""A real corpus on every machine: source files and documentation prose of Python's own standard library.
+"""The modules of the corpus `stdlib`, chosen once: those for training and those for validation.
 
 The lists name modules that every distribution of Python 3.11 to 3.13 carries (no tkinter, no ensurepip, no test suite).
 The text differs a little between Python versions, so the corpus hash tells which one a run saw.

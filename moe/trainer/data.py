@@ -1,0 +1,48 @@
+"""A run's data: the first rank puts the tokenizer into the run directory, every rank reads it there and loads alike."""
+
+import sys
+
+from moe.config import Recipe
+from moe.data import DataFacts, Sampling, TrainingData, load_data, make_tokenizer, open_sources
+from moe.errors import ConfigError
+from moe.parallel import ranks
+from moe.rundir import RunDir, write_json
+
+__all__ = ["load_run_data"]
+
+
+def load_run_data(recipe: Recipe, run: RunDir, *, trained: bool) -> TrainingData:
+    """What the run trains on and is evaluated on; its facts go into data.json.
+
+    Raises DataError, and ConfigError when the run was trained on other text: half a curve on each would be no curve.
+    """
+    sources = open_sources(recipe.data)
+    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
+        make_tokenizer(sources, recipe.data, recipe.model.vocab_size, run.tokenizer)
+    ranks.barrier()
+    sampling = Sampling(seq_len=recipe.train.seq_len, seed=recipe.run.seed, rank=ranks.rank(), ranks=ranks.world_size())
+    data = load_data(sources, recipe.data, run.tokenizer, recipe.model.vocab_size, sampling, verify=ranks.is_first())
+    if trained and run.data.is_file():
+        _check_same(recipe, run, data.facts)
+    ranks.barrier()  # everyone has compared before the first rank writes
+    if ranks.is_first():
+        write_json(run.data, data.facts.to_dict())
+        length = "a stream of" if data.facts.train_tokens is None else f"{data.facts.train_tokens:,}"
+        print(
+            f"{data.facts.source}: {length} training and {data.facts.validation_tokens:,} validation tokens, "
+            f"corpus sha256 {data.facts.corpus_sha256[:16]}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return data
+
+
+def _check_same(recipe: Recipe, run: RunDir, facts: DataFacts) -> None:
+    found = facts.to_dict()
+    for name, before in run.read_json(run.data).items():
+        if name.endswith("sha256") and found.get(name) != before:
+            raise ConfigError(
+                f"data.source={recipe.data.source}: {name} is {str(found.get(name))[:16]}, but run "
+                f"{recipe.run.name!r} was trained with {str(before)[:16]}; restore that text (and Python version, "
+                "for stdlib), or choose another run.name"
+            )

@@ -1,0 +1,81 @@
+"""A run's data: facts and tokenizer are kept with the run, and it goes on with the same data or not at all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.config import DataConfig, Recipe
+from moe.data.prepare import prepare
+from moe.errors import ConfigError, DataError
+from moe.rundir import RunDir
+from moe.trainer.data import load_run_data
+
+from .conftest import Place
+from .tiny_recipe import RECIPE
+
+
+def recipe_for(source: Path, **fields: object) -> Recipe:
+    return dataclasses.replace(RECIPE, data=DataConfig(source=str(source), **fields))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def shards(place: Place, tmp_path: Path) -> Path:
+    """The text of the tiny runs, prepared."""
+    prepare(DataConfig(source=str(place.folder / "text")), tmp_path / "shards", vocab_size=300, shard_tokens=5000)
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+def test_a_run_goes_on_with_the_same_shards_only(shards: Path, run: RunDir) -> None:
+    """The shards' tokenizer is the run's; a damaged shard, and a folder prepared anew from other text, are refused."""
+    data = load_run_data(recipe_for(shards), run, trained=False)
+    assert run.tokenizer.read_bytes() == (shards / "tokenizer.json").read_bytes()
+    assert run.read_json(run.data) == data.facts.to_dict()
+    again = load_run_data(recipe_for(shards), run, trained=True)
+    assert torch.equal(again.train.batch(7, 9), data.train.batch(7, 9))
+
+    shard = shards / "train_00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2] + b"\1\1")
+    with pytest.raises(DataError, match=r"train_00000\.bin is not what was prepared"):
+        load_run_data(recipe_for(shards), run, trained=True)
+    shard.write_bytes(whole)
+
+    other = shards.with_name("text")
+    other.write_text("some other text altogether. " * 400)
+    prepare(DataConfig(source=str(other), tokenizer=str(shards)), shards.with_name("other"), shard_tokens=5000)
+    with pytest.raises(ConfigError, match=r"corpus_sha256 is .*, but run 'tiny' was trained with .*; restore"):
+        load_run_data(recipe_for(shards.with_name("other")), run, trained=True)
+
+
+def test_a_saved_tokenizer_is_the_runs(place: Place, shards: Path, run: RunDir) -> None:
+    """It is copied with its end token's name, and a run goes on with its copy though the original is gone."""
+    given = recipe_for(place.folder / "text", tokenizer=str(shards), end_token="e")
+    data = load_run_data(given, run, trained=False)
+    vocabulary = json.loads(run.tokenizer.read_text())["model"]["vocab"]
+    assert data.end_token == vocabulary["e"]
+    for file in shards.iterdir():
+        file.unlink()
+    again = load_run_data(given, run, trained=True)
+    assert (again.facts, again.end_token) == (data.facts, data.end_token)
+
+
+def test_a_run_trains_from_shards(place: Place, shards: Path) -> None:
+    """Launched as people do: the losses of the text itself, bit for bit, and hashes that let the two be compared."""
+    for name, source in (("from_text", "text"), ("from_shards", str(shards))):
+        words = (f"data.source={source}", "data.validation_fraction=0.05", "train.max_steps=10")
+        done = place.python(f"run.name={name}", *words)
+        assert done.returncode == 0, done.stderr
+    assert place.losses("from_text") == place.losses("from_shards") != {}
+    one, two = (json.loads((place.run(name) / "data.json").read_text()) for name in ("from_text", "from_shards"))
+    for fact in ("validation_sha256", "tokenizer_sha256", "train_sha256", "validation_tokens"):
+        assert one[fact] == two[fact]
