@@ -88,22 +88,25 @@ def _prepare(config: DataConfig, out: Path, given: Path | None, settings: dict[s
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The index in `out`, a new one in an empty folder. Raises DataError when it is of another preparation."""
-    if not PreparedFolder.is_at(out):
-        if any(not path.name.startswith(".") for path in out.iterdir()):
-            raise DataError(f"--out {out} holds other files; give a new folder")
-        index: dict[str, Any] = {"complete": False, "format": FORMAT, "settings": settings}
-        index |= {split: {"shards": [], "documents": 0, "tokens_of_next": 0, "text_sha256": Tally("").sha256}
-                  for split in ("train", "validation")}  # fmt: skip
-        write_json(out / INDEX, index)
-        return index
-    index = PreparedFolder.index_at(out)
-    for name, value in settings.items():
-        if index["settings"].get(name) != value:
+    """The index in `out`, a new one where no shard is finished. Raises DataError when it is of another preparation."""
+    if PreparedFolder.is_at(out):
+        index = PreparedFolder.index_at(out)
+        before = index["settings"]
+        if before == settings:
+            return index
+        if any(index[split]["shards"] for split in ("train", "validation")):
+            name = next(name for name in settings if before.get(name) != settings[name])
             raise DataError(
-                f"--out {out} was begun with {name}={index['settings'].get(name)!r}, not {value!r}; give the same, or "
+                f"--out {out} was begun with {name}={before.get(name)!r}, not {settings[name]!r}; give the same, or "
                 "another folder"
             )
+        (out / "tokenizer.json").unlink(missing_ok=True)  # of a command that failed and was mended
+    elif any(not path.name.startswith(".") for path in out.iterdir()):
+        raise DataError(f"--out {out} holds other files; give a new folder")
+    nothing = {"documents": 0, "tokens_of_next": 0, "text_sha256": Tally("").sha256}
+    begun = {split: {"shards": [], **nothing} for split in ("train", "validation")}
+    index = {"complete": False, "format": FORMAT, "settings": settings, **begun}
+    write_json(out / INDEX, index)
     return index
 
 

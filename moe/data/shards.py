@@ -13,6 +13,7 @@ kills the process with SIGBUS, where a short read is an error that can be told.
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -50,7 +51,7 @@ class ShardedTokens:
 
     def __getitem__(self, places: slice) -> NDArray[Any]:
         start, stop, _ = places.indices(len(self))
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect_right(self._starts, start) - 1
         parts = []
         while start < stop:
             until = min(stop, self._starts[shard + 1])
@@ -99,11 +100,14 @@ class PreparedFolder:
     def index_at(folder: Path) -> dict[str, Any]:
         """What its index says, complete or not."""
         try:
-            return json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         except ValueError as error:
             raise _changed(folder / INDEX, f"is not JSON ({error})") from None
         except OSError as error:
             raise _changed(folder / INDEX, f"cannot be read ({error.strerror})") from None
+        if not isinstance(index, dict) or not index.keys() >= {"complete", "settings", "train", "validation"}:
+            raise _changed(folder / INDEX, "lacks parts of an index")
+        return index
 
     def tokens(self, *, verify: bool) -> SourceTokens:
         """Its splits. `verify` hashes every shard, a second or so a gigabyte; DataError for one that changed."""

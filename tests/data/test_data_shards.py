@@ -77,12 +77,12 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 def test_a_killed_preparation_goes_on(tmp_path: Path) -> None:
     """kill -9 amid the shards: finished ones are not made again, and every byte is as if nothing had happened."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", documents(12_000))
-    words = (rows, "--vocab-size", "300", "--shard-tokens", "50000", "--tokenizer-documents", "100", "--out")
+    rows = write_jsonl(tmp_path / "rows.jsonl", documents(8_000))
+    words = (rows, "--vocab-size", "300", "--shard-tokens", "33000", "--tokenizer-documents", "100", "--out")
     straight = subprocess.run(cli(*words, tmp_path / "straight"), capture_output=True, text=True, timeout=120)
     assert straight.returncode == 0, straight.stderr
     assert f"train with data.source={tmp_path / 'straight'} model.vocab_size=300" in straight.stdout
-    assert "train: 11,400 documents" in straight.stdout
+    assert "train: 7,600 documents" in straight.stdout
 
     out, kept = tmp_path / "killed", {}
     for shards in (2, 6):
@@ -121,6 +121,15 @@ def test_a_preparation_is_of_one_text_and_one_setting(config: DataConfig, tmp_pa
         prepare(config, tmp_path / "rows.jsonl" / "out")
 
 
+def test_a_command_that_failed_may_be_mended(config: DataConfig, tmp_path: Path) -> None:
+    """Before the first shard is finished nothing holds a folder to its settings: the mended command starts anew."""
+    with pytest.raises(DataError, match="is more than this corpus yields"):
+        prepare(DataConfig(source=config.source), tmp_path / "out", vocab_size=50_000)
+    for folder in ("out", "new"):
+        assert prepare(DataConfig(source=config.source), tmp_path / folder, vocab_size=280)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
 def test_two_preparations_do_not_share_a_folder(config: DataConfig, tmp_path: Path) -> None:
     """The second one is told to wait."""
     import fcntl
@@ -152,6 +161,9 @@ def test_a_changed_shard_is_refused(config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         sha256_of(shard)
     index = tmp_path / "out" / "index.json"
+    index.write_text(json.dumps({"format": PreparedFolder.index_at(tmp_path / "out")["format"]}))
+    with pytest.raises(DataError, match=r"index\.json lacks parts of an index"):
+        PreparedFolder(tmp_path / "out")
     index.write_bytes(index.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"index\.json is not JSON"):
         PreparedFolder(tmp_path / "out")
