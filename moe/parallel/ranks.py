@@ -87,9 +87,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     mine = torch.frombuffer(bytearray(raw.ljust(max(1, longest), b"\0")), dtype=torch.uint8).to(device)
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
-    return [
-        bytes(part.tolist())[: int(length)].decode() for part, length in zip(everyone, lengths, strict=True)
-    ]
+    return [bytes(part.tolist())[: int(length)].decode() for part, length in zip(everyone, lengths, strict=True)]
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which sequences a step trains on: this rank's share, read ahead, and the place in the text that a checkpoint keeps."""
+"""Which sequences a step trains on: this rank's share, read ahead; and the place in a stream that checkpoints keep."""
 
 from typing import Any
 
@@ -37,6 +37,7 @@ class Batches:
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._accumulation = accumulation
         self._ahead = Prefetch(self._read)
+        self._waited_s = 0.0
         self._taken = self._place = train.state()
 
     def take(self, step: int) -> list[Tensor]:
@@ -48,10 +49,10 @@ class Batches:
         """The step taken last was made: a checkpoint from here on goes on behind its batch."""
         self._place = self._taken
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds that `take` waited for text to be read, so far."""
-        return self._ahead.wait_s
+    def waited_s(self) -> float:
+        """Seconds that `take` waited for text to be read, since this was asked last."""
+        waited, self._waited_s = self._ahead.wait_s - self._waited_s, self._ahead.wait_s
+        return waited
 
     def sequences(self, step: int) -> str:
         """A step's sequences in words, for messages."""

@@ -245,6 +245,7 @@ class Loop:
         row |= self._cost_row(cost)
         row["energy/power_w"] = cost.power_w
         row |= self.telemetry.stop(step)
+        row["efficiency/data_wait_s"] = self.batches.waited_s()
         self.tracking.log(row)
 
     def _cost_row(self, cost: Cost) -> dict[str, float]:
