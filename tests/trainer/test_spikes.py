@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config import DataConfig
+from moe.data import Sampling, load_data, open_sources
 from moe.energy import fold_ledgers
 from moe.rundir import RunDir, read_metrics
 from moe.trainer.spikes import SpikeGuard
