@@ -7,21 +7,18 @@ from moe.data import DataFacts, Sampling, TrainingData, load_data, make_tokenize
 from moe.errors import ConfigError
 from moe.parallel import ranks
 from moe.rundir import RunDir, write_json
+from moe.trainer.hooks import Hooks
 
 __all__ = ["load_run_data"]
 
 
-def load_run_data(recipe: Recipe, run: RunDir, *, trained: bool) -> TrainingData:
+def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -> TrainingData:
     """What the run trains on and is evaluated on; its facts go into data.json.
 
     Raises DataError, and ConfigError when the run was trained on other text: half a curve on each would be no curve.
     """
-    sources = open_sources(recipe.data)
-    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        make_tokenizer(sources, recipe.data, recipe.model.vocab_size, run.tokenizer)
-    ranks.barrier()
     sampling = Sampling(seq_len=recipe.train.seq_len, seed=recipe.run.seed, rank=ranks.rank(), ranks=ranks.world_size())
-    data = load_data(sources, recipe.data, run.tokenizer, recipe.model.vocab_size, sampling, verify=ranks.is_first())
+    data = hooks.data(recipe, sampling) or _from_sources(recipe, run, sampling, trained=trained)
     if trained and run.data.is_file():
         _check_same(recipe, run, data.facts)
     ranks.barrier()  # everyone has compared before the first rank writes
@@ -35,6 +32,14 @@ def load_run_data(recipe: Recipe, run: RunDir, *, trained: bool) -> TrainingData
             flush=True,
         )
     return data
+
+
+def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
+    sources = open_sources(recipe.data)
+    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
+        make_tokenizer(sources, recipe.data, recipe.model.vocab_size, run.tokenizer)
+    ranks.barrier()
+    return load_data(sources, recipe.data, run.tokenizer, recipe.model.vocab_size, sampling, verify=ranks.is_first())
 
 
 def _check_same(recipe: Recipe, run: RunDir, facts: DataFacts) -> None:

@@ -109,7 +109,7 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
         closing.callback(tracking.close)
         meter.phase("data")
-        data = load_run_data(recipe, run, trained=start.trained)
+        data = load_run_data(recipe, run, hooks, trained=start.trained)
         meter.phase("idle")
         loop = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop)
         _say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")

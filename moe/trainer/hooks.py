@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe.config import Recipe
+from moe.data import Sampling, TrainingData
 
 __all__ = ["Hooks", "Objective"]
 
@@ -47,6 +48,14 @@ class Hooks:
             minimised = minimised + recipe.train.mtp_loss_weight * out.mtp_loss
             logged["train/mtp_loss"] = out.mtp_loss
         return Objective(minimised, logged)
+
+    def data(self, recipe: Recipe, sampling: Sampling) -> TrainingData | None:
+        """Sequences of one's own, such as `moe.data.data_from_tokens` makes; None for what `data.source` names.
+
+        `sampling` holds sequence length, seed, and this rank among the ranks. The same call must give the same data
+        when a run goes on: the facts' hashes are compared.
+        """
+        return None
 
     def evaluate(self, recipe: Recipe, model: nn.Module, step: int) -> dict[str, float]:
         """Further numbers `eval/…` for the row of each evaluation; the model is in training mode, gradients are on."""

@@ -4,6 +4,7 @@ POISON=n          the n-th objective of this process is not finite
 SPIKE=n           the n-th objective of this process is a hundred times as large
 STARVE=n          from the n-th on, this process may not allocate more memory
 SEEN=file         one line an objective: the sum of its token ids
+TOKENS=n          data of its own: multiples of n
 SMOOTH=1          another objective, and a number of its own in each evaluation
 """
 
@@ -11,11 +12,13 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import torch
 from tiny_recipe import RECIPE
 from torch import Tensor, nn
 
 from moe.config import Recipe
+from moe.data import Sampling, TrainingData, data_from_tokens
 from moe.trainer import Hooks, Objective, main
 
 
@@ -43,6 +46,14 @@ class Misbehaving(Hooks):
             penalty = model.lm_head.weight.square().mean()
             return Objective(usual.minimised + penalty, {**usual.logged, "train/penalty": penalty})
         return usual
+
+    def data(self, recipe: Recipe, sampling: Sampling) -> TrainingData | None:
+        if "TOKENS" not in os.environ:
+            return None
+        counting = np.arange(5000) * int(os.environ["TOKENS"]) % 300
+        return data_from_tokens(
+            "counting", counting[:4000], counting[4000:], sampling, vocab_size=300, end_token=0, validation_bytes=1000
+        )
 
     def evaluate(self, recipe: Recipe, model: nn.Module, step: int) -> dict[str, float]:
         if "SMOOTH" not in os.environ:

@@ -11,6 +11,7 @@ from moe.config import DataConfig, Recipe
 from moe.data.prepare import prepare
 from moe.errors import ConfigError, DataError
 from moe.rundir import RunDir
+from moe.trainer import Hooks
 from moe.trainer.data import load_run_data
 
 from .conftest import Place
@@ -37,35 +38,35 @@ def run(tmp_path: Path) -> RunDir:
 
 def test_a_run_goes_on_with_the_same_shards_only(shards: Path, run: RunDir) -> None:
     """The shards' tokenizer is the run's; a damaged shard, and a folder prepared anew from other text, are refused."""
-    data = load_run_data(recipe_for(shards), run, trained=False)
+    data = load_run_data(recipe_for(shards), run, Hooks(), trained=False)
     assert run.tokenizer.read_bytes() == (shards / "tokenizer.json").read_bytes()
     assert run.read_json(run.data) == data.facts.to_dict()
-    again = load_run_data(recipe_for(shards), run, trained=True)
+    again = load_run_data(recipe_for(shards), run, Hooks(), trained=True)
     assert torch.equal(again.train.batch(7, 9), data.train.batch(7, 9))
 
     shard = shards / "train_00000.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2] + b"\1\1")
     with pytest.raises(DataError, match=r"train_00000\.bin is not what was prepared"):
-        load_run_data(recipe_for(shards), run, trained=True)
+        load_run_data(recipe_for(shards), run, Hooks(), trained=True)
     shard.write_bytes(whole)
 
     other = shards.with_name("text")
     other.write_text("some other text altogether. " * 400)
     prepare(DataConfig(source=str(other), tokenizer=str(shards)), shards.with_name("other"), shard_tokens=5000)
     with pytest.raises(ConfigError, match=r"corpus_sha256 is .*, but run 'tiny' was trained with .*; restore"):
-        load_run_data(recipe_for(shards.with_name("other")), run, trained=True)
+        load_run_data(recipe_for(shards.with_name("other")), run, Hooks(), trained=True)
 
 
 def test_a_saved_tokenizer_is_the_runs(place: Place, shards: Path, run: RunDir) -> None:
     """It is copied with its end token's name, and a run goes on with its copy though the original is gone."""
     given = recipe_for(place.folder / "text", tokenizer=str(shards), end_token="e")
-    data = load_run_data(given, run, trained=False)
+    data = load_run_data(given, run, Hooks(), trained=False)
     vocabulary = json.loads(run.tokenizer.read_text())["model"]["vocab"]
     assert data.end_token == vocabulary["e"]
     for file in shards.iterdir():
         file.unlink()
-    again = load_run_data(given, run, trained=True)
+    again = load_run_data(given, run, Hooks(), trained=True)
     assert (again.facts, again.end_token) == (data.facts, data.end_token)
 
 
@@ -79,3 +80,19 @@ def test_a_run_trains_from_shards(place: Place, shards: Path) -> None:
     one, two = (json.loads((place.run(name) / "data.json").read_text()) for name in ("from_text", "from_shards"))
     for fact in ("validation_sha256", "tokenizer_sha256", "train_sha256", "validation_tokens"):
         assert one[fact] == two[fact]
+
+
+def test_a_hook_brings_its_own_tokens(place: Place) -> None:
+    """No text, no tokenizer: arrays of a hook's own, whose hashes a resumed run must find again."""
+    words = ("run.name=own", "data.source=nowhere", "train.max_steps=6", "train.checkpoint_every_steps=3")
+    done = place.python(*words, recipe="hooked_recipe.py", environment={"TOKENS": "1"})
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((place.run("own") / "data.json").read_text())
+    assert (facts["source"], facts["train_tokens"], facts["validation_tokens"]) == ("counting", 4000, 1000)
+    losses = place.losses("own")
+    assert losses[6] < losses[1]
+    other = place.python(*words, "train.max_steps=8", recipe="hooked_recipe.py", environment={"TOKENS": "2"})
+    assert other.returncode == 2
+    assert "train_sha256 is" in other.stderr or "corpus_sha256 is" in other.stderr
+    same = place.python(*words, "train.max_steps=8", recipe="hooked_recipe.py", environment={"TOKENS": "1"})
+    assert same.returncode == 0, same.stderr
