@@ -29,9 +29,7 @@ def data_from_tokens(
 
     Raises ConfigError when there is not one whole sequence in either.
     """
-    hashes = [
-        hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int64)).hexdigest() for tokens in (train, validation)
-    ]
+    hashes = [hashlib.sha256(tokens.astype(np.int64).tobytes()).hexdigest() for tokens in (train, validation)]
     facts = DataFacts(
         source=name,
         corpus_sha256=joint_sha256(hashes),
