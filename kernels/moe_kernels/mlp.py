@@ -107,10 +107,10 @@ def _forward(
     order, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
     offsets = offsets[: n_experts + 1].clone()  # null experts come last: their rows lie behind every group
     rows = x.index_select(0, order // top_k)
-    h = _clear_nulls(gemm_forward(rows, gate_up.to(x.dtype).contiguous(), offsets, backend), offsets, null_experts)
+    h = _clear_nulls(gemm_forward(rows, gate_up, offsets, backend), offsets, null_experts)
     del rows
     wa = swiglu_forward(h, weight.float().flatten().index_select(0, order), backend)
-    out = gemm_forward(wa, down.to(x.dtype).contiguous(), offsets, backend)
+    out = gemm_forward(wa, down, offsets, backend)
     return sum_slots(_clear_nulls(out, offsets, null_experts), order, top_k, backend), h, order, offsets
 
 
@@ -140,7 +140,7 @@ def _backward_parts(
     top_k = weight.shape[1]
     token = order // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
-    q = _clear_nulls(gemm_dgrad(dy_rows, down.to(x.dtype).contiguous(), offsets, backend), offsets, null_experts)
+    q = _clear_nulls(gemm_dgrad(dy_rows, down, offsets, backend), offsets, null_experts)
     dh, wa, dw_rows = swiglu_backward(q, h, weight.float().flatten().index_select(0, order), backend)
     del q
     d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, backend) if need_down else down.new_empty(0)
@@ -152,7 +152,7 @@ def _backward_parts(
         d_gate_up = gemm_wgrad(dh, x.index_select(0, token), offsets, gate_up.dtype, backend)
     d_x = x.new_empty(0)
     if need_x:
-        d_rows = gemm_dgrad(dh, gate_up.to(x.dtype).contiguous(), offsets, backend)
+        d_rows = gemm_dgrad(dh, gate_up, offsets, backend)
         d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), order, top_k, backend)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 

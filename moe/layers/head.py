@@ -5,7 +5,7 @@
     dl_n = softmax(l_n) - onehot(label_n)      dh = dl W,  dW = dl^T h
 
 32,768 tokens of a 129,280-word vocabulary have 17 GB of fp32 logits, and their gradient as much again. Rows are
-therefore taken some thousand at a time, and both gradients are worked out while a chunk's logits are there: no product
+therefore taken some hundred or thousand at a time, and both gradients are worked out while a chunk's logits are there: no product
 is computed twice, and what lives on is h's and W's own gradient. torch's `linear_cross_entropy` (from 2.13) does the
 same but breaks a torch.compile graph, and Liger's needs a GPU; hence an op of our own.
 """
@@ -20,6 +20,7 @@ __all__ = ["IGNORED", "OutputHead", "next_token_labels"]
 
 IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
 _CHUNK_LOGITS = 2**27  # half a GB in fp32: some thousand rows of a large vocabulary keep a GPU's matrix units busy
+_CPU_ROWS = 256  # a CPU works on a chunk in its cache, unless the vocabulary is large; fewer rows make slow products
 
 
 class OutputHead(nn.Linear):
@@ -68,7 +69,7 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of losses, its gradient by hidden, by weight); gradients that are not needed are empty."""
-    rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+    rows = _CPU_ROWS if hidden.device.type == "cpu" else max(1, _CHUNK_LOGITS // weight.shape[0])
     matrix = weight.to(hidden.dtype)
     total = hidden.new_zeros((), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
@@ -79,13 +80,12 @@ def _linear_cross_entropy(
         chunk, label = hidden[first : first + rows], labels[first : first + rows]
         scored = (label != IGNORED).unsqueeze(1)
         target = torch.where(scored, label.unsqueeze(1), 0)
-        logits = (chunk @ matrix.t()).float()
-        log_sum = logits.logsumexp(1, keepdim=True)
-        total += torch.where(scored, log_sum - logits.gather(1, target), 0.0).sum()
+        log_p = F.log_softmax(chunk @ matrix.t(), 1, dtype=torch.float32)
+        total -= torch.where(scored, log_p.gather(1, target), 0.0).sum()
         if not (need_hidden or need_weight):
             continue
-        d_logits = logits.sub_(log_sum).exp_()
-        d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0)).mul_(scored)
+        d_logits = log_p.exp_()
+        d_logits.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32)).mul_(scored)
         d_logits = d_logits.to(hidden.dtype)
         if need_hidden:
             torch.mm(d_logits, matrix, out=d_hidden[first : first + rows])
@@ -93,7 +93,7 @@ def _linear_cross_entropy(
             d_weight.addmm_(d_logits.t(), chunk)
         elif need_weight:
             d_weight += d_logits.t() @ chunk
-        del logits, d_logits  # before the next chunk's are made
+        del log_p, d_logits  # before the next chunk's are made
     return total, d_hidden, d_weight.to(weight.dtype)
 
 
