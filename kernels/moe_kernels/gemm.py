@@ -47,7 +47,7 @@ def grouped_gemm(x_RI: Tensor, w_EOI: Tensor, offsets_E1: Tensor, *, backend: st
 
 # torch reference
 
-# oneDNN compiles its bf16 product anew for every number of rows and keeps some thousand, and experts have another number
+# oneDNN compiles its bf16 product anew for every number of rows and keeps some thousand, and experts have other numbers
 # in every step: 64 new ones cost 50 ms, the products themselves 5 to 8. So on a CPU an expert's rows are taken in a
 # window of a whole number of steps, with some of its neighbours' beside them.
 _STEP = 32

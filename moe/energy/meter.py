@@ -244,6 +244,11 @@ class EnergyMeter:
         """The devices metered, once started."""
         return self._reader.devices
 
+    @property
+    def reader_cpu_s(self) -> float:
+        """Processor time the running meter's thread has used so far: with the calls' own, what metering costs."""
+        return self._reader.cpu_time_s()
+
     def snapshot(self) -> Totals:
         """The whole ledger's totals up to the last reading; a few microseconds."""
         energies_mj = [track.energy_mj for track in self._reader.tracks.values() if track.energy_mj is not None]

@@ -5,9 +5,9 @@
     dl_n = softmax(l_n) - onehot(label_n)      dh = dl W,  dW = dl^T h
 
 32,768 tokens of a 129,280-word vocabulary have 17 GB of fp32 logits, and their gradient as much again. Rows are
-therefore taken some hundred or thousand at a time, and both gradients are worked out while a chunk's logits are there: no product
-is computed twice, and what lives on is h's and W's own gradient. torch's `linear_cross_entropy` (from 2.13) does the
-same but breaks a torch.compile graph, and Liger's needs a GPU; hence an op of our own.
+therefore taken some hundred or thousand at a time, and both gradients are worked out while a chunk's logits are there:
+no product is computed twice, and what lives on is h's and W's own gradient. torch's `linear_cross_entropy` (from 2.13)
+does the same but breaks a torch.compile graph, and Liger's needs a GPU; hence an op of our own.
 """
 
 from typing import Any

@@ -236,7 +236,7 @@ def _share_spent_metering(node, gpu, folder, steps):
         from moe.energy import EnergyMeter
         meter = EnergyMeter({str(folder / str(time.monotonic_ns()))!r}, {uuids!r}).start()
         time.sleep(1.5)  # what the first readings load and allocate is paid once, not every second
-        start, calls_s, started_s = time.monotonic(), 0.0, meter._reader.cpu_time_s()
+        start, calls_s, started_s = time.monotonic(), 0.0, meter.reader_cpu_s
         for step in range({steps}):
             time.sleep(0.2)
             before = time.thread_time()
@@ -244,7 +244,7 @@ def _share_spent_metering(node, gpu, folder, steps):
             meter.progress(step=step, tokens=step)
             calls_s += time.thread_time() - before
         wall_s = time.monotonic() - start
-        print(json.dumps([wall_s, meter._reader.cpu_time_s() - started_s + calls_s]))
+        print(json.dumps([wall_s, meter.reader_cpu_s - started_s + calls_s]))
         meter.stop()
         """,
         patience_s=60 + steps,

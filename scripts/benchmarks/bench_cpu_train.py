@@ -1,0 +1,238 @@
+"""A full training step on a CPU: ours against transformers' DeepSeek-V3, and against our own dense twin.
+
+Losses of the same weights must agree before anything is timed. All sides then train in turn, every round on a fresh
+batch that all of them share; numbers are medians over the rounds, on two threads. Cases:
+
+    fp32      both sides fp32, with the same head and loss; fp32-shipped: transformers with its own head and loss
+    fastest   each side in the precision that is fastest for it; likewise fastest-shipped
+    dense     tokens per second of the mixture over those of its dense twin; dense-layer: one feed-forward layer
+    meter     share of the wall time that metering a training loop takes
+
+The floor is the step's operations at the rate of its own matrix products, measured in the same process.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_parts import best_s, parts_ms, product_rate, train_layer
+from torch import Tensor
+from training_sides import Ours, Side, Theirs
+
+from moe import ModelConfig, accounting
+from moe.energy import EnergyMeter
+from moe.layers import FeedForward
+from moe.model import Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=8192, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=896,
+    kv_lora_rank=64, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=64, n_shared_experts=1,
+    num_experts_per_tok=6, moe_intermediate_size=128, first_k_dense_replace=1,
+)  # fmt: skip
+CASES = ("fp32", "fastest", "dense", "meter")
+BATCH, LENGTH, THREADS = 8, 256, 2
+AGREE = {"fp32": 1e-5, "bf16": 1e-3, "pure bf16": 3e-3}  # largest relative difference of the first losses
+METER_GOAL = 0.001
+
+Sides = dict[str, Side]
+Lines = list[dict[str, object]]
+
+
+class Bench:
+    """The sides some cases need, their times, and the lines made of them."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, rounds: int, cases: Sequence[str]) -> None:
+        self.config, self.shape, self.rounds, self.cases = config, (batch, length), rounds, cases
+        self.tokens = batch * length
+        self.sides: Sides = {f"ours {p}": Ours(config, p) for p in ("fp32", "bf16")}
+        first = self.sides["ours fp32"]
+        assert isinstance(first, Ours)
+        precisions = ("fp32", "bf16", "pure bf16") if "fastest" in cases else ("fp32",) if "fp32" in cases else ()
+        self.experts_ms = self._experts_ms(first) if precisions else {}
+        for precision in precisions:
+            experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
+            self.sides[f"theirs {precision}"] = Theirs(first, precision, experts, same_head=True)
+            self.sides[f"shipped {precision}"] = Theirs(first, precision, experts, same_head=False)
+        if "dense" in cases:
+            twin = config.dense_twin(match="active")
+            self.sides |= {f"dense {p}": Ours(twin, p) for p in ("fp32", "bf16")}
+        self.rates: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {}
+
+    def lines(self) -> Lines:
+        """Agree, time, then everything that is printed."""
+        self._agree()
+        for name in ("fp32", "bf16"):
+            dtype = torch.float32 if name == "fp32" else torch.bfloat16
+            self.rates[name] = product_rate(self.config, self.tokens, dtype)
+        self.times = self._race({name: side.step for name, side in self.sides.items()})
+        found: Lines = []
+        if "fp32" in self.cases:
+            found += [self._against("fp32", "ours fp32", "theirs fp32")]
+            found += [self._against("fp32-shipped", "ours fp32", "shipped fp32")]
+        if "fastest" in self.cases:
+            mine = self._fastest("ours")
+            found += [self._against("fastest", mine, self._fastest("theirs"))]
+            found += [self._against("fastest-shipped", mine, self._fastest("shipped"))]
+        if "dense" in self.cases:
+            for precision in ("fp32", "bf16"):
+                found += [self._against_dense(precision), self._layer(precision)]
+        return found
+
+    def _ids(self, seed: int) -> Tensor:
+        return torch.randint(self.config.vocab_size, self.shape, generator=torch.Generator().manual_seed(seed))
+
+    def _agree(self) -> None:
+        """Same weights, same batch: the losses of both sides. This is also each side's first step, which warms up."""
+        losses = {name: side.step(self._ids(0)) for name, side in self.sides.items()}
+        for name, loss in losses.items():
+            side = self.sides[name]
+            difference = abs(loss / losses["ours fp32"] - 1)
+            if not name.startswith("dense") and not difference <= AGREE[side.precision]:
+                raise SystemExit(f"bench cpu-train: losses of {name} and ours differ by {difference:.1e}; no timing")
+
+    def _race(self, work: dict[str, Callable[[Tensor], object]]) -> dict[str, list[float]]:
+        """Seconds by name: one round after another, everyone in turn; two rounds of warm-up."""
+        times: dict[str, list[float]] = {name: [] for name in work}
+        for number in range(-2, self.rounds):
+            ids = self._ids(number + 3)
+            for name, run in work.items():
+                start = time.perf_counter()
+                run(ids)
+                if number >= 0:
+                    times[name].append(time.perf_counter() - start)
+        return times
+
+    def _median_s(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+    def _fastest(self, side: str) -> str:
+        return min((name for name in self.times if name.startswith(side)), key=self._median_s)
+
+    def _experts_ms(self, first: Ours) -> dict[str, float]:
+        """A step by transformers' ways to compute experts on a CPU; the batched one needs a weight for every token."""
+        sides = {name: Theirs(first, "fp32", name, same_head=True) for name in ("grouped_mm", "eager")}
+        return {name: round(1e3 * best_s(lambda side=side: side.step(self._ids(1)), 2), 1)
+                for name, side in sides.items()}  # fmt: skip
+
+    def _floor_s(self, precision: str) -> float:
+        rate = self.rates["fp32" if precision == "fp32" else "bf16"]
+        return accounting.flops_per_token(self.config, self.shape[1]) * self.tokens / rate
+
+    def _against(self, case: str, mine: str, other: str) -> dict[str, object]:
+        ours, peer = self._median_s(mine), self._median_s(other)
+        side = self.sides[mine]
+        assert isinstance(side.model, Transformer)
+        parts = parts_ms(side.model, side.optimizer, self._ids(1), side.precision == "bf16")
+        import transformers
+
+        more = {
+            "ours_precision": side.precision, "peer_precision": self.sides[other].precision, "attention": "sdpa",
+            "peer_head": "its own" if other.startswith("shipped") else "ours", "compile": False,
+            "peer_experts_ms": self.experts_ms,
+            "all_ms": {name: round(1e3 * self._median_s(name), 1) for name in self.times},
+            "spread_ms": {name: [round(1e3 * f(self.times[name]), 1) for f in (min, max)] for name in (mine, other)},
+            "parts_ms": parts, "transformers": transformers.__version__,
+        }  # fmt: skip
+        experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
+        peer_name = f"transformers DeepseekV3ForCausalLM, {self.sides[other].precision}, {experts} experts, sdpa"
+        floor = self._floor_s(side.precision) / ours
+        return self._line(case, ours * 1e3, peer * 1e3, peer_name, "ms per step", peer / ours, floor, more)
+
+    def _against_dense(self, precision: str) -> dict[str, object]:
+        ours, peer = (self.tokens / self._median_s(f"{name} {precision}") for name in ("ours", "dense"))
+        floor = self._floor_s(precision) / self._median_s(f"ours {precision}")
+        twin = self.config.dense_twin(match="active")
+        more = {"precision": precision, "twin_intermediate_size": twin.intermediate_size,
+                "twin_residual": accounting.twin_residual(self.config, twin)}  # fmt: skip
+        peer_name = "our dense twin of equal active parameters"
+        return self._line(f"dense/{precision}", ours, peer, peer_name, "tokens per s", ours / peer, floor, more)
+
+    def _layer(self, precision: str) -> dict[str, object]:
+        """One routed feed-forward against a dense one of the same operations, forward and backward."""
+        side = self.sides[f"ours {precision}"]
+        assert isinstance(side.model, Transformer)
+        layer = side.model.layers[-1].mlp
+        dense = FeedForward(self.config.hidden_size, self.config.active_width)
+        x = torch.randn(self.tokens, self.config.hidden_size)
+        bf16 = precision == "bf16"
+        runs = {"ours": train_layer(layer, x, bf16), "dense": train_layer(dense, x, bf16)}
+        times = self._race({name: lambda _, run=run: run() for name, run in runs.items()})
+        layer.router.forget()
+        ours, peer = statistics.median(times["ours"]), statistics.median(times["dense"])
+        operations = 18 * self.tokens * self.config.hidden_size * self.config.active_width
+        peer_name = f"dense SwiGLU of width {self.config.active_width}"
+        floor = operations / self.rates[precision] / ours
+        return self._line(
+            f"dense-layer/{precision}", ours * 1e3, peer * 1e3, peer_name, "ms forward and backward", peer / ours,
+            floor, {"precision": precision},
+        )  # fmt: skip
+
+    def meter(self) -> dict[str, object]:
+        """A metered loop of real steps, called as `moe.trainer.loop` calls: three phases, progress, and a snapshot."""
+        side = self.sides["ours fp32"]
+        with tempfile.TemporaryDirectory() as folder, EnergyMeter(Path(folder) / "ledger.jsonl") as meter:
+            told_s = wall_s = read_s = 0.0
+            for number in range(-2, self.rounds):  # what the first calls load and allocate is paid once
+                if number == 0:
+                    told_s, wall_s, read_s = 0.0, time.perf_counter(), meter.reader_cpu_s
+                for phase in ("data", "forward_backward", "optimizer"):
+                    start = time.perf_counter()
+                    meter.phase(phase)
+                    told_s += time.perf_counter() - start
+                    if phase == "forward_backward":
+                        side.step(self._ids(number + 3))
+                start = time.perf_counter()
+                meter.progress(number + 3, (number + 3) * self.tokens)
+                meter.snapshot()
+                told_s += time.perf_counter() - start
+            wall_s = time.perf_counter() - wall_s
+            share = (told_s + meter.reader_cpu_s - read_s) / wall_s
+            source = "+".join(sorted({device.source for device in meter.devices}))
+        return self._line(
+            "meter", share, METER_GOAL, "the goal: a thousandth", "share of wall time", METER_GOAL / share, None,
+            {"energy_source": source, "interval_s": 1.0, "wall_s": wall_s, "calls_s": told_s},
+        )  # fmt: skip
+
+    def _line(
+        self, case: str, ours: float, peer: float, peer_name: str, unit: str, ratio: float, floor: float | None,
+        more: dict[str, Any],
+    ) -> dict[str, object]:  # fmt: skip
+        batch, length = self.shape
+        config = {
+            **self.config.to_dict(), "batch": batch, "seq_len": length, "threads": torch.get_num_threads(),
+            "rounds": self.rounds, "optimizer": "fused AdamW", "floor_gflops": {
+                name: round(rate / 1e9, 1) for name, rate in self.rates.items()
+            }, "torch": torch.__version__, **more,
+        }  # fmt: skip
+        hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return {"bench": "cpu-train", "case": case, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": unit,
+                "ratio": ratio, "floor_fraction": floor, "hardware": hardware, "config": config}  # fmt: skip
+
+
+def main(
+    words: Sequence[str] | None = None, config: ModelConfig = CONFIG, batch: int = BATCH, length: int = LENGTH
+) -> None:
+    """Command line; the tests give it a smaller model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args(words)
+    torch.set_num_threads(THREADS)
+    bench = Bench(config, batch, length, options.rounds, options.case)
+    if set(options.case) - {"meter"}:
+        for line in bench.lines():
+            print(json.dumps(line), flush=True)
+    if "meter" in options.case:
+        print(json.dumps(bench.meter()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
