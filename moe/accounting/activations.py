@@ -77,7 +77,9 @@ class Part:
             # it reads the latent in place, so the rotary key that lies beside it is kept as well
             kept += self.tokens * config.qk_rope_head_dim * FP32
         kept += self.tokens * rank * self.compute  # its output, read by kv_b_proj
-        return kept + self._attend(heads) + self.copied(attention_matrices(config))
+        # queries, keys, values and what is mixed of them, which o_proj reads (`moe.layers.causal`)
+        kept += self.tokens * heads * 2 * (config.qk_head_dim + config.value_head_dim) * self.compute
+        return kept + self.copied(attention_matrices(config))
 
     def _grouped(self) -> int:
         config = self.config
@@ -93,15 +95,9 @@ class Part:
         return kept + self._attend(kv_heads) + self.copied(attention_matrices(config))
 
     def _attend(self, kv_heads: int) -> int:
-        """Fused attention's inputs and output, and o_proj's input.
-
-        A CPU's kernel takes one width: what is narrower is padded.
-        """
-        heads, width = self.config.num_attention_heads, max(self.config.qk_head_dim, self.config.value_head_dim)
-        inputs_and_output = 2 * (heads + kv_heads) * width * self.compute
-        logsumexp = heads * FP32
-        o_proj = heads * self.config.value_head_dim * self.compute  # the output with the heads of a token side by side
-        return self.tokens * (inputs_and_output + logsumexp + o_proj)
+        """torch's fused attention's inputs and output, and o_proj's input, the output with a token's heads together."""
+        heads, width = self.config.num_attention_heads, self.config.qk_head_dim
+        return self.tokens * ((3 * heads + 2 * kv_heads) * width * self.compute + heads * FP32)  # and a logsumexp
 
     def _swiglu(self, width: int) -> int:
         """A dense feed-forward: input; gate, silu(gate), up and the product of the last two."""

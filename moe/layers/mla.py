@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
+from moe.layers.causal import causal_attention
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
 from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
@@ -134,8 +135,10 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         query = torch.cat((q_nope, q_rope), dim=-1)
         key = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1)
+        if query.device.type == "cpu" and mask is None:
+            return causal_attention(query, key, value, self.softmax_scale)
         if query.device.type == "cpu":
-            # its fused attention takes one width only; unfused, it keeps every score and takes twice as long
+            # torch's fused attention takes one width only; unfused, it keeps every score and takes twice as long
             wider = self.v_head_dim - query.shape[-1]
             if wider > 0:
                 query, key = F.pad(query, (0, wider)), F.pad(key, (0, wider))

@@ -1,0 +1,52 @@
+"""Causal attention on a CPU against its definition in fp64: values and all gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.layers import causal
+from moe.layers.causal import causal_attention
+
+SCALE = 0.3
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = SCALE * query @ key.transpose(-1, -2)
+    return scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf).softmax(-1) @ value
+
+
+def _leaves(length: int, value_width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((3, 2, length, 10), (3, 2, length, 10), (3, 2, length, value_width))
+    return tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("sequences_together", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "value_width"), [(1, 4), (63, 10), (64, 16), (150, 7)])
+def test_equals_the_definition(
+    length: int, value_width: int, dtype: torch.dtype, sequences_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the length's remainder by a step, values wider and narrower than keys, sequences alone or together."""
+    monkeypatch.setattr(causal, "_SCORES", sequences_together * 2 * 64 * length)
+    leaves = _leaves(length, value_width, dtype)
+    mixed = causal_attention(*leaves, SCALE)
+    seed = torch.randn(mixed.shape).to(dtype)
+    found = [mixed, *torch.autograd.grad(mixed, leaves, seed)]
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    wanted = [_plain(*exact), *torch.autograd.grad(_plain(*exact), exact, seed.double())]
+    within = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= within * want.abs().max().clamp_min(1e-3)
+
+
+def test_a_tokens_heads_lie_side_by_side() -> None:
+    """The output projection reads them as one row without a copy."""
+    mixed = causal_attention(*_leaves(70, 6, torch.float32), SCALE).transpose(1, 2)
+    assert mixed.is_contiguous()
+
+
+def test_the_library_op_is_sound() -> None:
+    """torch's own checks of schema, fake tensors, autograd registration and tracing with dynamic shapes."""
+    torch.library.opcheck(torch.ops.moe.causal_attention.default, (*_leaves(5, 4, torch.float32), SCALE))
