@@ -31,7 +31,7 @@ def _forward_torch(h: Tensor, w: Tensor) -> Tensor:
     wa = h.new_empty(h.shape[0], h.shape[1] // 2)
     for rows in _blocks(h):
         gate, up = (half.float() for half in h[rows].chunk(2, dim=-1))
-        wa[rows] = silu(gate).mul_(up).mul_(w[rows, None])
+        torch.mul(silu(gate).mul_(up), w[rows, None], out=wa[rows])
     return wa
 
 
@@ -43,9 +43,9 @@ def _backward_torch(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
         s, w_rows = silu(gate), w[rows, None]
         a = s * up
         torch.sum(q[rows].float() * a, -1, out=dw[rows])
-        wa[rows] = a.mul_(w_rows)
+        torch.mul(a, w_rows, out=wa[rows])
         da = q[rows].float() * w_rows
-        d_up.copy_(s.mul_(da))
+        torch.mul(s, da, out=d_up)
         d_gate.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
     return dh, wa, dw
 

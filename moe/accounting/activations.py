@@ -52,30 +52,28 @@ class Part:
     def norm(self, width: int, given: int, *, groups: int = 1) -> int:
         """RMSNorm of `groups` times `width` numbers a token, given in `given` bytes each.
 
-        It keeps the input and the normalised input in fp32, a reciprocal root, and its weight where that is cast.
+        It keeps its input, and a reciprocal root in fp32.
         """
-        return self.tokens * groups * (2 * width + 1) * FP32 + (width * BF16 if given == BF16 else 0)
+        return self.tokens * groups * (width * given + FP32)
 
     def copied(self, matrices: int) -> int:
         """Weights that autocast casts: one copy a forward pass, kept by the linear layers."""
         return matrices * BF16 if self.compute == BF16 else 0
 
-    def _read(self, readers: int) -> int:
-        """A normed input of `readers` linear layers. Autocast casts an fp32 one for each of them."""
-        copies = readers if self.stream > self.compute else 1
-        return self.tokens * self.config.hidden_size * self.compute * copies
+    def _read(self) -> int:
+        """A normed input, cast once for all the linear layers that read it."""
+        return self.tokens * self.config.hidden_size * self.compute
 
     def _latent(self) -> int:
         config = self.config
         heads, rank = config.num_attention_heads, config.kv_lora_rank
-        kept = self._read(2)  # q_proj or q_a_proj, kv_a_proj_with_mqa
+        kept = self._read()  # q_proj or q_a_proj, kv_a_proj_with_mqa
         if config.q_lora_rank is not None:
             kept += self.norm(config.q_lora_rank, self.compute)  # q_a_layernorm
             kept += self.tokens * config.q_lora_rank * self.compute  # its output, read by q_b_proj
         kept += self.norm(rank, self.compute)  # kv_a_layernorm
-        if self.compute == FP32:
-            # it reads the latent in place, so the rotary key that lies beside it is kept as well
-            kept += self.tokens * config.qk_rope_head_dim * FP32
+        # it reads the latent in place, so the rotary key that lies beside it is kept as well
+        kept += self.tokens * config.qk_rope_head_dim * self.compute
         kept += self.tokens * rank * self.compute  # its output, read by kv_b_proj
         # queries, keys, values and what is mixed of them, which o_proj reads (`moe.layers.causal`)
         kept += self.tokens * heads * 2 * (config.qk_head_dim + config.value_head_dim) * self.compute
@@ -85,7 +83,7 @@ class Part:
         config = self.config
         heads, width = config.num_attention_heads, config.qk_head_dim
         kv_heads = config.num_key_value_heads or heads
-        kept = self._read(3)  # q_proj, k_proj, v_proj
+        kept = self._read()  # q_proj, k_proj, v_proj
         if config.qk_norm == "head":
             kept += self.norm(width, self.compute, groups=heads) + self.norm(width, self.compute, groups=kv_heads)
         elif config.qk_norm == "full":
@@ -102,7 +100,7 @@ class Part:
     def _swiglu(self, width: int) -> int:
         """A dense feed-forward: input; gate, silu(gate), up and the product of the last two."""
         matrices = 3 * self.config.hidden_size * width
-        return self._read(2) + self.tokens * 4 * width * self.compute + self.copied(matrices)
+        return self._read() + self.tokens * 4 * width * self.compute + self.copied(matrices)
 
     def _mixture(self) -> int:
         """Router, routed experts (`moe_kernels.expert_mlp`), shared experts."""
@@ -115,9 +113,7 @@ class Part:
         kept += self.tokens * top_k * 2 * width * self.compute  # h: gate and up of every chosen expert
         kept += self.tokens * top_k * INT64 + (config.n_routed_experts + 1) * INT32  # order, offsets
         if config.n_shared_experts:
-            kept += self._swiglu(config.n_shared_experts * width)
-            if self.stream == self.compute:
-                kept -= self._read(2)  # its x is the experts'
+            kept += self._swiglu(config.n_shared_experts * width) - self._read()  # its x is the experts'
         return kept
 
     def _choice(self) -> int:

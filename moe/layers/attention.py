@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe.errors import ConfigError
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
+from moe.layers.precision import as_multiplied
 from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
 
 __all__ = ["GroupedQueryAttention"]
@@ -107,6 +108,7 @@ class GroupedQueryAttention(nn.Module):
             memory: where to store these tokens' keys and values, and find those of earlier ones.
         """
         batch, length, _ = x_BSD.shape
+        x_BSD = as_multiplied(x_BSD)
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
             rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)

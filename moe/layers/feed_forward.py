@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.precision import as_multiplied
+
 __all__ = ["FeedForward"]
 
 
@@ -22,4 +24,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, hidden_size) to the same shape, in the weights' dtype or autocast's."""
+        x = as_multiplied(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.layers.precision import as_multiplied
+
 __all__ = ["IGNORED", "OutputHead", "next_token_labels"]
 
 IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
@@ -46,9 +48,7 @@ class OutputHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type):
-            hidden = hidden.to(torch.get_autocast_dtype(device_type))
+        hidden = as_multiplied(hidden)
         grad = torch.is_grad_enabled()
         return _linear_cross_entropy(
             hidden.flatten(0, -2),

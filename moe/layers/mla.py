@@ -14,6 +14,7 @@ from moe.errors import ConfigError
 from moe.layers.causal import causal_attention
 from moe.layers.memory import Memory
 from moe.layers.norm import RMSNorm
+from moe.layers.precision import as_multiplied
 from moe.layers.rope import Rotary, Stretching, apply_rotary, rotary_tables
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -108,6 +109,7 @@ class MultiHeadLatentAttention(nn.Module):
             memory: where to store these tokens' latents and rotary keys, and find those of earlier ones.
         """
         batch, length, _ = x_BSD.shape
+        x_BSD = as_multiplied(x_BSD)
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
             rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from moe.layers.experts import Experts
 from moe.layers.feed_forward import FeedForward
+from moe.layers.precision import as_multiplied
 from moe.layers.router import Router
 
 __all__ = ["MoE"]
@@ -86,6 +87,7 @@ class MoE(nn.Module):
         """
         x_TD = x.reshape(-1, x.shape[-1])
         route = self.router(x_TD, x.shape[:-2].numel(), None if counted is None else counted.reshape(-1))
+        x_TD = as_multiplied(x_TD)
         y_TD = self.experts(x_TD, route.topk_index_TK, route.topk_weight_TK, route.tokens_per_expert_E)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

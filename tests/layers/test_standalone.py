@@ -55,6 +55,13 @@ def _routed() -> Inputs:
     return _x(18), index, torch.rand(18, 2, requires_grad=True), torch.bincount(index.flatten(), minlength=6).int()
 
 
+def _uneven_norm() -> RMSNorm:
+    """With weights of 1 the sum of squares would not depend on the input: its gradient would be rounding alone."""
+    norm = RMSNorm(D)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return norm
+
+
 # name -> (the layer, its inputs)
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "moe": (lambda: MoE(D, 6, 2, 12, 1), lambda: (_x(),)),
@@ -71,7 +78,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "mla": (lambda: MultiHeadLatentAttention(D, 3, 8, 8, 4, 8, q_lora_rank=6), lambda: (_x(),)),
     "gqa": (lambda: GroupedQueryAttention(D, 4, 2, qk_norm="head"), lambda: (_x(),)),
     "feed-forward": (lambda: FeedForward(D, 40), lambda: (_x(),)),
-    "norm": (lambda: RMSNorm(D), lambda: (_x(),)),
+    "norm": (_uneven_norm, lambda: (_x(),)),
     "router": (lambda: Router(D, 6, 2), lambda: (_x(18),)),
     "experts": (lambda: Experts(D, 12, 6), _routed),
     "head": (lambda: OutputHead(D, 61), lambda: (_x(),)),
@@ -126,7 +133,7 @@ def test_compiled(case: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             found, wanted = _run(again, inputs, compiled), _run(layer, inputs, layer)
         assert any(name.startswith("gradient") for name in wanted)
-        _assert_same(found, wanted, within=0.01 if mixed else None)  # bf16 has three digits
+        _assert_same(found, wanted, within=0.02 if mixed else None)  # bf16 has three digits
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
