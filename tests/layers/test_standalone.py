@@ -133,7 +133,7 @@ def test_compiled(case: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             found, wanted = _run(again, inputs, compiled), _run(layer, inputs, layer)
         assert any(name.startswith("gradient") for name in wanted)
-        _assert_same(found, wanted, within=0.02 if mixed else None)  # bf16 has three digits
+        _assert_same(found, wanted, within=0.05 if mixed else None)  # bf16 has three digits, and sums cancel
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
