@@ -27,6 +27,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.model"},),
     ({"moe.balancer", "moe.data", "moe.optim", "moe.replay", "moe.schedule", "moe.checkpoint"},),
     ({"moe.parallel.engine", "moe.tracking", "moe.branch"},),
+    ({"moe.parallel.zero", "moe.parallel.launch"},),
     ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}, {"moe.runs"}),
     ({"moe.cli"},),
 )

@@ -20,7 +20,7 @@ from moe.checkpoint.files import (
     write_checkpoint,
 )
 from moe.checkpoint.saver import Saver
-from moe.checkpoint.snapshot import Snapshot, capture
+from moe.checkpoint.snapshot import Snapshot, capture, random_states
 
 __all__ = [
     "Saver",
@@ -29,6 +29,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "newest_whole",
+    "random_states",
     "read_state",
     "step_of",
     "verify",

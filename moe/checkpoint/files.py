@@ -56,11 +56,17 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot) -> Path:
     return final
 
 
-def load_checkpoint(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a verified checkpoint into model, optimizer and random generators, and return its stored state."""
+def load_checkpoint(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer, *, optimizer_tensors: bool = True
+) -> dict[str, Any]:
+    """Put a verified checkpoint into model, optimizer and random generators, and return its stored state.
+
+    Without `optimizer_tensors` the optimizer gets its settings only; the caller reads optimizer.safetensors in parts.
+    """
     model.load_weights(path)
     state = read_state(path)
-    restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), state["param_groups"])
+    tensors = load_file(path / "optimizer.safetensors") if optimizer_tensors else {}
+    restore_optimizer(model, optimizer, tensors, state["param_groups"])
     restore_random(load_file(path / "random.safetensors"))
     return state
 

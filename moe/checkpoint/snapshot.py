@@ -10,7 +10,7 @@ from torch import Tensor
 from moe.config import ModelConfig
 from moe.model import Transformer
 
-__all__ = ["Snapshot", "capture", "restore_optimizer", "restore_random"]
+__all__ = ["Snapshot", "capture", "random_states", "restore_optimizer", "restore_random"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def capture(model: Transformer, optimizer: torch.optim.Optimizer, state: Mapping
             for field, value in fields.items()
             if isinstance(value, Tensor)
         },
-        random=_random_states(),
+        random=random_states(),
         state={**state, "param_groups": [_named_group(group, names) for group in optimizer.param_groups]},
     )
 
@@ -66,6 +66,14 @@ def restore_optimizer(
             }
 
 
+def random_states() -> dict[str, Tensor]:
+    """States of the random generators of this process, as `Snapshot.random` has them."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
 def restore_random(states: Mapping[str, Tensor]) -> None:
     """Set the random generators as `Snapshot.random` has them."""
     torch.set_rng_state(states["cpu"])
@@ -85,10 +93,3 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 def _copied(tensor: Tensor) -> Tensor:
     here = _on_cpu(tensor)
     return here.clone() if here.data_ptr() == tensor.data_ptr() else here
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

@@ -1,10 +1,9 @@
-"""What accelerate does for the trainer: the device, the processes, and the wrapped model.
+"""What trains the model: the device, the processes, the wrapped model; here for one process, or several under DDP.
 
-accelerate starts the processes; whether they really train together is checked here, because on a machine without a GPU
-it starts several processes that each believe they are alone, without a word.
+`moe.parallel.launch` chooses the engine; `moe.parallel.zero` is the other. What the trainer does with an engine is the
+same for all, and so are checkpoints: a run may stop under one engine and go on under another.
 """
 
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from moe.checkpoint import Snapshot, capture, load_checkpoint
 from moe.config import TrainConfig
-from moe.errors import ConfigError
 from moe.model import Transformer
 from moe.parallel import ranks
 
@@ -26,30 +24,30 @@ __all__ = ["Engine"]
 
 
 class Engine:
-    """One process's part of the run: `device`, `ranks` (how many train together), and model wrapping.
+    """One process's part of the run: `device`, `ranks` (how many train together), and what it does to the model.
 
-    Raises ConfigError when accelerate's mixed precision contradicts `train.precision`, or when the launch asked for an
-    engine or a number of processes that is not what runs.
+    `name` is what environment.json calls it. Made by hand it takes what accelerate has; `start_engine` checks that.
     """
 
+    name = "one process"
+
     def __init__(self, train: TrainConfig) -> None:
-        _check_precision(train)
-        _check_engine()
         # loads are counted per rank between steps, so no rank's buffers may overwrite another's
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # autocast is the loop's own: accelerate's would also copy every logit to fp32
-        self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-        _check_processes(self._accelerator)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
         self._precision = train.precision
-        self.device: torch.device = self._accelerator.device
+        self.device: torch.device = self.accelerator.device
         self.ranks = ranks.world_size()
+        if self.ranks > 1:
+            self.name = "ddp"
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model wrapped for several ranks; call it for the forward pass."""
+    def prepare(self, model: Transformer, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The model as the engine has it, to call for the forward pass of training; the optimizer is tied to it."""
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; the name it offers instead is not known to torch 2.11
             warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
-            return self._accelerator.prepare_model(model)
+            return self.accelerator.prepare_model(model)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the dtype of `train.precision`."""
@@ -57,9 +55,13 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Around forward passes of the model itself, without gradients. Every rank must make as many."""
+        return torch.inference_mode()
+
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: gradients travel between ranks after the last one only."""
-        return nullcontext() if last else self._accelerator.no_sync(model)
+        return nullcontext() if last else self.accelerator.no_sync(model)
 
     def backward(self, objective: Tensor) -> None:
         """Add the gradient of a micro-batch's objective, already divided by the number of micro-batches."""
@@ -85,7 +87,7 @@ class Engine:
         return capture(model, optimizer, state, copy=copy) if ranks.is_first() else None
 
     def load(self, checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Put a checkpoint into model, optimizer and random generators; return its stored state."""
+        """Put a checkpoint into model, optimizer and random generators; return its stored state. Before `prepare`."""
         return load_checkpoint(checkpoint, model, optimizer)
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -96,34 +98,8 @@ class Engine:
 
     def release(self) -> None:
         """Forget the prepared model, so that another can take its place in memory."""
-        self._accelerator.free_memory()
+        self.accelerator.free_memory()
 
     def close(self) -> None:
         """Leave the process group, so that no rank warns about it at exit."""
-        self._accelerator.end_training()
-
-
-def _check_precision(train: TrainConfig) -> None:
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", train.precision):
-        train.fail(
-            "precision", f"contradicts accelerate's --mixed_precision {asked}; drop that flag, train.precision decides"
-        )
-
-
-def _check_engine() -> None:
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ConfigError(
-                f"the launch asks for {name} ({variable}=true), which is not supported yet; launch without it"
-            )
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    """Without a GPU, `accelerate launch --multi_gpu` makes a process group that accelerate then does not use."""
-    asked = max(int(os.environ.get("WORLD_SIZE", "1")), ranks.world_size())
-    if asked != accelerator.num_processes:
-        raise ConfigError(
-            f"the launch started {asked} processes but accelerate trains each of them alone: it saw no GPU; "
-            "on a CPU machine set ACCELERATE_USE_CPU=true in front of accelerate launch --multi_gpu"
-        )
+        self.accelerator.end_training()

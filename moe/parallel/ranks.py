@@ -47,8 +47,9 @@ def local_rank() -> int:
 
 
 def node() -> int:
-    """Number of this process's host, from 0, as the launcher says."""
-    return int(os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", "0")))
+    """Number of this process's host, from 0, as the launcher says: torch's, or DeepSpeed's own for several hosts."""
+    said = (os.environ.get(name) for name in ("GROUP_RANK", "CROSS_RANK", "NODE_RANK"))
+    return int(next(filter(None, said), "0"))
 
 
 def is_first() -> bool:

@@ -19,6 +19,7 @@ from moe.model import Transformer
 from moe.optim import build_optimizer
 from moe.parallel import ranks
 from moe.parallel.engine import Engine
+from moe.parallel.launch import start_engine
 from moe.rundir import RunDir, write_json
 from moe.tracking import Tracking
 from moe.trainer import memory
@@ -71,7 +72,7 @@ def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
     with ExitStack() as closing:
         stop = StopRequest()
         closing.callback(stop.restore)
-        engine = Engine(recipe.train)
+        engine = start_engine(recipe)
         closing.callback(engine.close)
         micro_batch_size = recipe.train.global_batch_size // (engine.ranks * recipe.train.accumulation(engine.ranks))
         memory.check(recipe, micro_batch_size, engine.device, engine.ranks)
@@ -105,7 +106,7 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
             for discarded in discard_later(run, start):
                 _say(f"set aside: {discarded}, which is beyond step {start.step}")
             write_json(run.config, recipe.to_dict())
-            write_json(run.environment, describe(engine.device, meter.device_uuids, hooks))
+            write_json(run.environment, {**describe(engine.device, meter.device_uuids, hooks), "engine": engine.name})
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
         closing.callback(tracking.close)
         meter.phase("data")

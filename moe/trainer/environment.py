@@ -14,7 +14,9 @@ from moe.trainer.hooks import Hooks
 
 __all__ = ["describe", "device_uuid"]
 
-_PACKAGES = ("frugal-moe", "torch", "triton", "accelerate", "numpy", "safetensors", "tokenizers", "nvidia-ml-py")
+_PACKAGES = (
+    "frugal-moe", "torch", "triton", "accelerate", "deepspeed", "numpy", "safetensors", "tokenizers", "nvidia-ml-py",
+)  # fmt: skip
 
 
 def describe(device: torch.device, device_uuids: list[str], hooks: Hooks) -> dict[str, Any]:

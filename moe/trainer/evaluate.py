@@ -32,15 +32,25 @@ def evaluate(
     `eval/loss` is nats per token; `eval/loss_se` the standard error of its mean over sequences; `eval/max_vio` that of
     the worst layer over all tokens evaluated. With `end_token` tokens attend to their own document alone.
     """
-    mine = range(ranks.rank() * count // engine.ranks, (ranks.rank() + 1) * count // engine.ranks)
+    each, left = divmod(count, engine.ranks)
+    mine = range(ranks.rank() * each, (ranks.rank() + 1) * each)
+    batches = [(first, min(batch_size, mine.stop - first)) for first in range(mine.start, mine.stop, batch_size)]
+    if ranks.rank() < left:
+        batches.append((each * engine.ranks + ranks.rank(), 1))
+
+    def losses(first: int, size: int) -> Tensor:
+        ids = engine.to_device(sequences.batch(first, size))
+        with engine.autocast():
+            return _sequence_losses(model, ids, end_token).double().cpu()
+
     sums = torch.zeros(3, dtype=torch.float64)  # sequences, their mean losses, the squares of those
-    with _evaluating(model), LoadCounter(model) as counter:
-        for first in range(mine.start, mine.stop, batch_size):
-            size = min(batch_size, mine.stop - first)
-            ids = engine.to_device(sequences.batch(first, size))
-            with engine.autocast():
-                losses = _sequence_losses(model, ids, end_token).double().cpu()
-            sums += torch.stack((torch.tensor(float(size)), losses.sum(), (losses**2).sum()))
+    with _evaluating(model, engine):
+        with LoadCounter(model) as counter:
+            for first, size in batches:
+                found = losses(first, size)
+                sums += torch.stack((torch.tensor(float(size)), found.sum(), (found**2).sum()))
+        if 0 < left <= ranks.rank():
+            losses(0, 1)  # not counted: where ranks share the weights, all must make the same passes
         load = counter.load()
     number, total, squares = ranks.sum_numbers(sums.tolist(), engine.device)
     mean = total / number
@@ -62,11 +72,11 @@ def _sequence_losses(model: nn.Module, ids: Tensor, end_token: int | None) -> Te
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, engine: Engine) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with engine.evaluating():
             yield
     finally:
         model.train(training)

@@ -67,7 +67,7 @@ class Stepper:
         self._optimizer, self._balancer, self._guard = optimizer, balancer, guard
         self._meter, self._breakdown = meter, breakdown
         self._end_token = end_token
-        self._wrapped: nn.Module = engine.prepare(model)
+        self._wrapped: nn.Module = engine.prepare(model, optimizer)
 
     def step(self, step: int, micro_batches: Sequence[Tensor], *, stop: bool) -> StepResult:
         """Step number `step`, from 0, on (B, S) token ids in CPU memory; `stop`: this rank was asked to stop."""
