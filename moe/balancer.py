@@ -233,9 +233,11 @@ class LoadCounter:
 
 def _nothing(router: nn.Module) -> Tensor:
     """The load of a router that saw no token."""
-    like = router.weight if isinstance(router, Router) else router.expert_bias
-    assert isinstance(like, Tensor)
-    return torch.zeros(len(like), dtype=torch.int32, device=like.device)
+    if isinstance(router, Router):  # whose weight may be cut up between ranks
+        choices = router.n_routed_experts + router.n_null_experts
+        return torch.zeros(choices, dtype=torch.int32, device=router.weight.device)
+    assert isinstance(router.expert_bias, Tensor)
+    return torch.zeros_like(router.expert_bias, dtype=torch.int32)
 
 
 def _null_experts(routers: dict[str, nn.Module]) -> dict[str, int]:

@@ -120,7 +120,7 @@ def test_a_part_that_dies_costs_only_itself(modules: None, tmp_path: Path) -> No
     ]
     out = tmp_path / "out"
     out.mkdir()
-    check = Check(out, tmp_path / "work", 60, dict(os.environ), False)
+    check = Check(out, tmp_path / "work", 60, {**os.environ, "PYTHONUNBUFFERED": "1"}, False)  # as parts have it
     check.run(plans)
     assert [(r.status, r.reason) for r in check.results] == [
         ("failed", "killed at its limit of 2 s"),

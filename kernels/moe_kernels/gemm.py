@@ -88,6 +88,7 @@ def _multiply_groups(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
             torch.mm(x[first:last], matrix, out=y[first:last])
         else:
             y[start:end] = (x[first:last] @ matrix)[start - first : end - first]
+    y[int(offsets[-1]) :] = 0
     return y
 
 
@@ -102,8 +103,9 @@ def _wgrad_torch(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype)
     product = dy.new_empty(dw.shape[1:])  # one for all, in the cache, cast on its way out
     for e, start, end in _groups(offsets):
         first, last = _window(start, end, x)
-        alone = torch.nn.functional.pad(dy[start:end], (0, 0, start - first, last - end))
-        dw[e] = torch.mm(alone.t(), x[first:last], out=product)
+        # zeros around both: of the neighbours' rows not even an infinity gets in
+        alone = [torch.nn.functional.pad(part[start:end], (0, 0, start - first, last - end)) for part in (dy, x)]
+        dw[e] = torch.mm(alone[0].t(), alone[1], out=product)
     return dw
 
 

@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot) -> Path:
     Raises CheckpointError when the disk refuses; earlier checkpoints are untouched then.
     """
     final = folder / f"step_{step:08d}"
-    aside = folder / f".step_{step:08d}.{os.getpid()}"
+    aside, replaced = (folder / f".step_{step:08d}.{os.getpid()}{suffix}" for suffix in ("", ".replaced"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -45,10 +45,12 @@ def write_checkpoint(folder: Path, step: int, snapshot: Snapshot) -> Path:
         _sync_files(aside)
         manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
         write_json(aside / "manifest.json", {"version": 1, "files": manifest})
+        _sync_folder(aside)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         aside.rename(final)
         _sync_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error
@@ -117,7 +119,7 @@ def prune(folder: Path, keep: int, keep_every_steps: int | None = None) -> None:
     """
     for path in list_checkpoints(folder)[:-keep]:
         if not (keep_every_steps and step_of(path) % keep_every_steps == 0):
-            shutil.rmtree(path, ignore_errors=True)
+            path.rename(folder / f".{path.name}.pruned")  # at once: nobody finds a checkpoint that is half there
     for path in folder.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Saving while training goes on: one background writer, whose failures reach the trainer."""
 
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Protocol
 
 from moe.checkpoint.files import prune, write_checkpoint
 from moe.checkpoint.snapshot import Snapshot
+from moe.errors import CheckpointError
 
 __all__ = ["Saver"]
 
@@ -37,13 +39,18 @@ class Saver:
     def save(self, step: int, take: Take) -> None:
         """Take a snapshot and write it; waits for the write before, so that at most one copy is held.
 
-        `take` gives None on ranks that have nothing to write. Raises CheckpointError when this write failed, or in the
-        background the one before; earlier checkpoints are whole then.
+        `take` gives None on ranks that have nothing to write. When the write before failed, stderr says so and this one
+        is waited for: CheckpointError when it fails too. Earlier checkpoints are whole then.
         """
         began = time.monotonic()
-        self.wait()
-        snapshot = take(copy=self._background)
-        if snapshot is not None and self._background:
+        background = self._background
+        try:
+            self.wait()
+        except CheckpointError as error:  # the disk may have room again; if not, this is the place to know it
+            print(f"{error}; trying again at step {step}", file=sys.stderr, flush=True)
+            background = False
+        snapshot = take(copy=background)
+        if snapshot is not None and background:
             self._pending = self._writer.submit(self._write, step, snapshot)
         elif snapshot is not None:
             self._write(step, snapshot)

@@ -81,10 +81,9 @@ def _facts(run: RunDetails) -> list[tuple[str, str]]:
 def _data(run: RunDetails) -> str:
     if not run.data:
         return f"{run.recipe.data.source}, not tokenised yet"
-    tokens = (
-        f"{number(run.data['train_tokens'])} training and {number(run.data['validation_tokens'])} validation tokens"
-    )
-    return f"{run.recipe.data.source}: {tokens}"
+    length = run.data["train_tokens"]
+    training = "a stream of" if length is None else number(length)
+    return f"{run.data['source']}: {training} training and {number(run.data['validation_tokens'])} validation tokens"
 
 
 def _energy(cost: Any) -> str:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from moe.data.load import Sampling, TrainingData
 from moe.data.sequences import Sequences
 from moe.data.tokens import DataFacts, joint_sha256
+from moe.errors import DataError
 
 __all__ = ["data_from_tokens"]
 
@@ -27,8 +28,14 @@ def data_from_tokens(
     Runs on the same arrays are on the same data: their hashes stand for text and tokenizer. `validation_bytes` is the
     length of the validation text, for bits per byte; `end_token` ends a document.
 
-    Raises ConfigError when there is not one whole sequence in either.
+    Raises ConfigError when there is not one whole sequence in either, DataError for an id that is not below
+    `vocab_size`.
     """
+    for tokens in (train, validation):
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise DataError(
+                f"{name}: token ids go from {tokens.min()} to {tokens.max()}, not from 0 to {vocab_size - 1}"
+            )
     hashes = [hashlib.sha256(tokens.astype(np.int64).tobytes()).hexdigest() for tokens in (train, validation)]
     facts = DataFacts(
         source=name,

@@ -112,6 +112,8 @@ def end_token_of(file: Path, vocabulary: Iterable[str]) -> str:
 
 
 def _loaded(file: Path) -> Tokenizer:
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; give data.tokenizer a tokenizer.json, or a folder that holds one")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for every kind of bad file

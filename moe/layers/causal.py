@@ -42,8 +42,8 @@ def _probabilities(query: Tensor, key: Tensor, start: int, end: int, scale: floa
     """P of the queries start … end over keys 0 … end; query and key (heads, S, D)."""
     none = query.new_zeros(())
     scores = torch.baddbmm(none, query[:, start:end], key[:, :end].transpose(1, 2), beta=0, alpha=scale)
-    # added, not masked: several times as fast on a few rows
-    scores[..., start:] += query.new_full((end - start, end - start), -torch.inf).triu(1)
+    later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+    scores[..., start:].masked_fill_(later, -torch.inf)
     return scores.softmax(-1)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["RMSNorm"]
 
@@ -38,6 +39,7 @@ class _UnfusedRMSNorm(torch.autograd.Function):
         return (rows * inverse).mul_(weight.flatten()).to(x.dtype).view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         normed = _rows(x, weight) * inverse

@@ -106,6 +106,7 @@ class Router(nn.Module):
         self.collect_margins = False
         self.loss_weights = None
         self.forget()
+        self.n_routed_experts = n_routed_experts
         self.n_null_experts = n_null_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.score_func = score_func

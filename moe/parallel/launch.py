@@ -115,5 +115,5 @@ def _check_recipe(recipe: Recipe, stage: int) -> None:
         train.fail("compile", "does not work under DeepSpeed; use false, or launch with recipes/launch/ddp.yaml")
     if train.recompute_layers and stage == 3:
         train.fail("recompute_layers", "does not work under ZeRO-3; use 0, or launch with recipes/launch/zero2.yaml")
-    if getattr(optim, "name", "adamw") == "muon":
+    if optim.name == "muon":
         optim.fail("name", "needs whole matrices and ZeRO cuts them up; use adamw, or recipes/launch/ddp.yaml")

@@ -72,7 +72,7 @@ def _status(run: RunDir) -> RunStatus:
     max_steps = int(run.read_json(run.config)["train"]["max_steps"])
     rows = read_metrics(run.metrics) if run.metrics.is_file() else []
     fold = fold_ledgers(run.ledgers()) if run.ledgers() else None
-    step = max((row["train/step"] for row in rows if "train/loss" in row), default=0)
+    step = max((int(row["train/step"]) for row in rows), default=0)
     return RunStatus(
         name=run.name,
         path=str(run.root),
@@ -102,4 +102,4 @@ def _state(run: RunDir, step: int, max_steps: int, fold: "Fold | None") -> str:
         return "not trained"
     if fold and fold.files[0].segments[-1].end_reason is None:
         return "killed"
-    return "complete" if step >= max_steps else "stopped"
+    return "complete" if (run.checkpoints / f"step_{max_steps:08d}").is_dir() else "stopped"

@@ -18,7 +18,7 @@ __all__ = ["recipe_of"]
 
 def recipe_of(words: Sequence[str]) -> Recipe:
     """The recipe in the run directory that the first word names, to be resumed. Raises ConfigError or CompareError."""
-    if not words or "=" in words[0]:
+    if not words or "=" in words[0] or words[0].startswith("-"):
         raise ConfigError("no run directory: accelerate launch -m moe.trainer runs/NAME [section.field=value ...]")
     run = RunDir.existing(words[0])
     recipe = Recipe.read(run.config)

@@ -85,10 +85,12 @@ class Batches:
     def _read(self, step: int) -> tuple[list[Tensor], dict[str, Any]]:
         first = self._first(step) + ranks.rank() * self._micro_batch_size * self._accumulation
         passed_over = self._passed_over.at(step) if self._sequential else 0
-        for _ in range(passed_over * self._accumulation):  # what only goes forwards has to be read to be passed over
-            self._train.batch(0, self._micro_batch_size)
-        micro_batches = [
+        for back in range(passed_over, 0, -1):  # what only goes forwards has to be read to be passed over
+            self._micro_batches(first - back * self._global_batch_size)
+        return self._micro_batches(first), self._train.state()
+
+    def _micro_batches(self, first: int) -> list[Tensor]:
+        return [
             self._train.batch(first + number * self._micro_batch_size, self._micro_batch_size)
             for number in range(self._accumulation)
         ]
-        return micro_batches, self._train.state()

@@ -48,7 +48,6 @@ class Breakdown:
         # the first layer's weight, whose gradient is the last to be ready
         self._last_gradient = model.embed_tokens.weight if ranks > 1 else None
         self._stamps: list[tuple[str, Any]] = []
-        self._entered: list[str] = []
         self._active = False
 
     @contextmanager
@@ -62,7 +61,7 @@ class Breakdown:
             handles.append(
                 self._last_gradient.register_post_accumulate_grad_hook(lambda _: self.switch("communication"))
             )
-        self._stamps, self._entered, self._active = [], [], True
+        self._stamps, self._active = [], True
         try:
             yield
             self.switch("end")
@@ -90,12 +89,10 @@ class Breakdown:
         def enter(_: nn.Module, inputs: Any) -> None:
             for tensor in _with_gradient(inputs):
                 tensor.register_hook(lambda _: self.switch("other"))
-            self._entered.append(name)
             self.switch(name)
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
-            self._entered.pop()
-            self.switch(self._entered[-1] if self._entered else "other")
+            self.switch("other")
             for tensor in _with_gradient(output):
                 tensor.register_hook(lambda _: self.switch(name))
 

@@ -19,6 +19,8 @@ def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -
     """
     sampling = Sampling(seq_len=recipe.train.seq_len, seed=recipe.run.seed, rank=ranks.rank(), ranks=ranks.world_size())
     data = hooks.data(recipe, sampling) or _from_sources(recipe, run, sampling, trained=trained)
+    if data.facts.vocab_size > recipe.model.vocab_size:
+        recipe.model.fail("vocab_size", f"is less than the {data.facts.vocab_size} tokens of the data; make them equal")
     if trained and run.data.is_file():
         _check_same(recipe, run, data.facts)
     ranks.barrier()  # everyone has compared before the first rank writes

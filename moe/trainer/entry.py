@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NoReturn
@@ -33,6 +34,7 @@ from moe.trainer.start import Start, discard_later, find_start
 
 __all__ = ["exit_with", "main", "train"]
 
+_FIRST_SPEAKS_S = 5.0  # the launcher ends the other ranks within a second of the first failure
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -76,11 +78,15 @@ def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
         closing.callback(engine.close)
         micro_batch_size = recipe.train.global_batch_size // (engine.ranks * recipe.train.accumulation(engine.ranks))
         memory.check(recipe, micro_batch_size, engine.device, engine.ranks)
-        outcome = _segment(recipe, run, engine, hooks, stop)
-        while outcome.reason == "rollback":
-            engine.release()
-            again = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume="auto"))
-            outcome = _segment(again, run, engine, hooks, stop)
+        try:
+            outcome = _segment(recipe, run, engine, hooks, stop)
+            while outcome.reason == "rollback":
+                engine.release()
+                again = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, resume="auto"))
+                outcome = _segment(again, run, engine, hooks, stop)
+        except MoEError as error:
+            _say_unless_the_first_does(error, stop)
+            raise
         return outcome
 
 
@@ -176,5 +182,21 @@ def _say(sentence: str) -> None:
 def exit_with(sentence: str) -> NoReturn:
     """End the process with exit code 2 and this sentence, which the first local rank says for all."""
     if ranks.local_rank() == 0:
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _say_unless_the_first_does(error: MoEError, stop: StopRequest) -> None:
+    """On other local ranks: what all ranks met the first says for all, and the launcher ends us while we wait.
+
+    When it does not, the error is this rank's alone, and must be said before it leaves the group and the others fail
+    without knowing why.
+    """
+    if ranks.local_rank() == 0:
+        return
+    until = time.monotonic() + _FIRST_SPEAKS_S
+    while time.monotonic() < until:
+        if stop:
+            raise SystemExit(2)
+        time.sleep(0.05)
+    print(f"\nerror: {error} (rank {ranks.rank()})", file=sys.stderr, flush=True)

@@ -147,6 +147,9 @@ class Loop:
     def _steps(self, progress: tqdm) -> Outcome:
         train = self.recipe.train
         step, reason, metrics = self.first_step, "complete", {}
+        over = self._already_over()
+        if over:
+            return Outcome(step, over)
         if step == 0:
             metrics = self._evaluate(0)
         while step < train.max_steps and reason == "complete":
@@ -154,7 +157,9 @@ class Loop:
             wanted = (step + 1) % train.breakdown_every_steps == 0
             with self.profile.step(step + 1), self.breakdown.measured(wanted):
                 result = self._step(step)
-            if result.refused and self._refuse(step, result) == "rollback":
+            if not result.refused:
+                self.skipped_in_a_row = 0
+            elif self._refuse(step, result) == "rollback":
                 return Outcome(step, "rollback")
             step += 1
             self.batches.accept()
@@ -163,7 +168,7 @@ class Loop:
                 cost = self.meter.cost()
                 self._log(step, result, cost)
                 progress.set_postfix_str(_postfix(result.logged()["train/loss"], metrics, cost), refresh=False)
-                if self._spent(cost):
+                if self._spent(cost) and step < train.max_steps:
                     reason = "budget"
             else:
                 self.telemetry.pause()
@@ -171,7 +176,7 @@ class Loop:
             if self._asked_to_stop(result):
                 reason = self.stop.signal.name if self.stop.signal else "SIGTERM"
             done = step == train.max_steps or reason != "complete"
-            if self._evaluation_due(step) or (done and reason in ("complete", "budget")):
+            if reason in ("complete", "budget") and (done or self._evaluation_due(step)):
                 metrics = self._evaluate(step)
             if step % train.checkpoint_every_steps == 0 or done:
                 self._save(step)
@@ -193,8 +198,9 @@ class Loop:
         train = self.recipe.train
         cause = f"{result.refused} at step {step + 1} ({self.batches.sequences(step)})"
         if train.on_spike == "stop":
-            self._save(step)
-            self.saver.wait()
+            if step > self.first_step:  # else it is the checkpoint the run went on from
+                self._save(step)
+                self.saver.wait()
             raise TrainingError(
                 f"{cause}; the update was not made and step {step} is saved: "
                 "go on with train.on_spike=skip or rollback, or a larger train.spike_sigmas"
@@ -222,6 +228,14 @@ class Loop:
             return bool(self.stop)
         return self._before_last is not None and self._before_last.asked_to_stop()
 
+    def _already_over(self) -> str | None:
+        """A signal that came while text was read, on any rank; or "budget", for a run that goes on with none left."""
+        spent = self.first_step > 0 and self._spent(self.meter.cost())
+        stopped, spent_anywhere = ranks.sum_numbers([float(bool(self.stop)), float(spent)], self.engine.device)
+        if stopped:
+            return self.stop.signal.name if self.stop.signal else "SIGTERM"
+        return "budget" if spent_anywhere else None
+
     def _spent(self, cost: Cost) -> bool:
         train = self.recipe.train
         budgets = (
@@ -238,7 +252,6 @@ class Loop:
             row["train/skipped_in_a_row"] = self.skipped_in_a_row
         else:
             self._check_finite(step)
-            self.skipped_in_a_row = 0
             row |= result.logged()
             row |= {"train/grad_norm": float(result.norm), "train/lr": self.optimizer.param_groups[0]["lr"]}
             row |= result.load.metrics() | self.balancer.bias_metrics()

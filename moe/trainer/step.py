@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe.balancer import Balancer, Load
 from moe.config import Recipe
 from moe.data.sequences import document_ids
+from moe.errors import TrainingError
 from moe.model import Transformer
 from moe.optim import set_learning_rate
 from moe.parallel import ranks
@@ -79,7 +80,7 @@ class Stepper:
         self._meter.phase("optimizer")
         self._breakdown.switch("optimizer")
         norm = self._engine.clip(self._model, self._recipe.optim.grad_clip)
-        refused = self._complaint(means, norm) if self._guard else None
+        refused = self._complaint(float(means[names.index("train/loss")]), norm) if self._guard else None
         if refused:
             self._engine.drop(self._optimizer)
             self._balancer.skip()
@@ -102,11 +103,16 @@ class Stepper:
                 # and gradients are averaged over ranks, so a rank's own weight leaves those out
                 self._engine.backward(objective.minimised / number)
             shares.append(torch.stack([value.detach().float() for value in objective.logged.values()]))
+        if "train/loss" not in objective.logged:
+            raise TrainingError(
+                f"{type(self._hooks).__name__}.objective logs {', '.join(objective.logged) or 'nothing'} but no "
+                "train/loss, which the run is watched by; add it"
+            )
         return tuple(objective.logged), torch.stack(shares).sum(0) / (number * self._engine.ranks)
 
-    def _complaint(self, means: Tensor, norm: Tensor) -> str | None:
+    def _complaint(self, loss: float, norm: Tensor) -> str | None:
         """What the guard says, the same on every rank."""
         assert self._guard is not None
-        complaint = self._guard.complaint(float(means[0]), float(norm))
+        complaint = self._guard.complaint(loss, float(norm))
         anywhere = ranks.sum_numbers([float(complaint is not None)], self._engine.device)[0]
         return complaint or ("another rank saw a spike" if anywhere else None)

@@ -232,7 +232,15 @@ def test_a_living_run_is_watched_to_its_end(folder: Path, living: subprocess.Pop
     """It is listed as running; Ctrl-C leaves it running; another watcher ends with it; its trackers are its own."""
     command = [sys.executable, "-m", "moe.cli", "runs", "watch", "runs/living", "--every", "0.1"]
     leaver, watcher = (
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
         for _ in range(2)
     )
     assert leaver.stdout is not None

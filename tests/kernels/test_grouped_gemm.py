@@ -140,6 +140,21 @@ def test_library_op_is_well_formed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_keeps_its_infinities(dtype: torch.dtype) -> None:
+    """Rows may be multiplied with neighbours beside them, and yet the neighbours' results are their own."""
+    x, w = torch.randn(40, 16).to(dtype), torch.randn(3, 8, 16).to(dtype).requires_grad_()
+    x[20] = torch.inf
+    offsets = torch.tensor([0, 10, 25, 30], dtype=torch.int32)
+    y = grouped_gemm(x, w, offsets, backend="torch")
+    assert y[:20].isfinite().all()
+    assert y[25:30].isfinite().all()
+    y[:30].float().nansum().backward()
+    assert w.grad is not None
+    assert w.grad[0].isfinite().all()
+    assert w.grad[2].isfinite().all()
+
+
 @pytest.mark.gpu
 def test_rows_past_two_to_the_31_elements() -> None:
     """Offsets are 64 bit: the last rows of a matrix of more than 2^31 elements come out right."""

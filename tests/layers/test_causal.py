@@ -50,3 +50,13 @@ def test_a_tokens_heads_lie_side_by_side() -> None:
 def test_the_library_op_is_sound() -> None:
     """torch's own checks of schema, fake tensors, autograd registration and tracing with dynamic shapes."""
     torch.library.opcheck(torch.ops.moe.causal_attention.default, (*_leaves(5, 4, torch.float32), SCALE))
+
+
+def test_a_later_token_never_reaches_an_earlier_one() -> None:
+    """Not even one that is infinite: only queries from it on are lost."""
+    query, key, value = (leaf.detach() for leaf in _leaves(100, 4, torch.float32))
+    whole = causal_attention(query, key, value, SCALE)
+    key[:, :, 50] = torch.inf
+    broken = causal_attention(query, key, value, SCALE)
+    assert torch.equal(broken[:, :, :50], whole[:, :, :50])
+    assert not broken[:, :, 50:].isfinite().all()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe.config import ModelConfig, Recipe, RunConfig, TrainConfig
+from moe.config import ModelConfig, OptimConfig, Recipe, RunConfig, TrainConfig
 from moe.errors import ConfigError
 from moe.parallel.launch import start_engine
 
@@ -17,7 +17,8 @@ def recipe(**train: Any) -> Recipe:
     model = ModelConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, attention="gqa"
     )
-    return Recipe(run=RunConfig(name="x"), model=model, train=TrainConfig(**train))
+    optim = OptimConfig(name=train.pop("optimizer", "adamw"))
+    return Recipe(run=RunConfig(name="x"), model=model, train=TrainConfig(**train), optim=optim)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def recipe(**train: Any) -> Recipe:
         (ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "sets gradient_accumulation_steps=4"),
         (ZERO | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "train.precision='fp32' contradicts .* bf16"),
         (ZERO, {"compile": True}, "train.compile=True does not work under DeepSpeed"),
+        (ZERO, {"optimizer": "muon"}, "optim.name='muon' needs whole matrices and ZeRO cuts them up"),
         (
             ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
             {"recompute_layers": 1},

@@ -5,6 +5,8 @@ SPIKE=n           the n-th objective of this process is a hundred times as large
 STARVE=n          from the n-th on, this process may not allocate more memory
 SEEN=file         one line an objective: the sum of its token ids
 TOKENS=n          data of its own: multiples of n
+FIRST=name         a number of this name before the loss
+LOSSLESS=1         no loss among what is logged
 SMOOTH=1          another objective, and a number of its own in each evaluation
 """
 
@@ -36,12 +38,13 @@ class Misbehaving(Hooks):
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
             input_ids = input_ids.repeat(64, 1)
         usual = super().objective(recipe, model, input_ids, document_ids)
-        if self._now("POISON"):
-            return Objective(
-                usual.minimised * torch.nan, {**usual.logged, "train/loss": usual.logged["train/loss"] * torch.nan}
-            )
-        if self._now("SPIKE"):
-            return Objective(usual.minimised * 100, {**usual.logged, "train/loss": usual.logged["train/loss"] * 100})
+        if "FIRST" in os.environ:
+            usual = Objective(usual.minimised, {os.environ["FIRST"]: usual.minimised * 0, **usual.logged})
+        if "LOSSLESS" in os.environ:
+            return Objective(usual.minimised, {"train/penalty": usual.minimised})
+        for word, factor in (("POISON", torch.nan), ("SPIKE", 100.0)):
+            if self._now(word):
+                return Objective(usual.minimised * factor, {name: v * factor for name, v in usual.logged.items()})
         if "SMOOTH" in os.environ:
             penalty = model.lm_head.weight.square().mean()
             return Objective(usual.minimised + penalty, {**usual.logged, "train/penalty": penalty})

@@ -88,6 +88,25 @@ def test_skip_leaves_one_update_out(place: Place, calm: dict[int, float]) -> Non
     assert row["train/step"] == 7
 
 
+def test_skips_with_good_steps_between_never_end_a_run(place: Place) -> None:
+    """Twelve refused steps, none after another, in a run that hardly logs."""
+    poison = ",".join(map(str, range(1, 24, 2)))
+    words = ("run.name=hiccups", *SHORT, "train.on_spike=skip", "train.log_every_steps=100")
+    done = place.python(*words, recipe="hooked_recipe.py", environment={"POISON": poison})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skipped: ") == 12
+
+
+def test_the_guard_watches_the_loss_by_its_name(place: Place) -> None:
+    """A hook may log other numbers before it; one that logs no loss at all is told."""
+    words = ("run.name=ordered", *SHORT, "train.spike_sigmas=100")
+    done = place.python(*words, recipe="hooked_recipe.py", environment={"SPIKE": "20", "FIRST": "train/other"})
+    assert "error: train/loss is " in done.stderr
+    done = place.python("run.name=lossless", *SHORT, recipe="hooked_recipe.py", environment={"LOSSLESS": "1"})
+    assert done.returncode == 2
+    assert "error: Misbehaving.objective logs train/penalty but no train/loss" in done.stderr
+
+
 def test_skipping_for_ever_ends(place: Place) -> None:
     """Eleven refused steps in a row are not the batches' fault."""
     poison = ",".join(map(str, range(3, 40)))

@@ -51,6 +51,37 @@ def test_a_stream_goes_on_from_any_step(place: Place, words: list[str]) -> None:
     assert "data.streaming=true: this run's place in 'documents.jsonl' is that of 1 ranks, and there are 2" in sentence
 
 
+def test_a_rollback_reads_on_in_every_source(place: Place, words: list[str], tmp_path: Path) -> None:
+    """Of two weighted sources, a sequence a micro-batch: each passes over its own, and none is read twice."""
+    lines = (place.folder / "documents.jsonl").read_text().splitlines(keepends=True)
+    (place.folder / "odd.jsonl").write_text("".join(lines[1::2]))
+    (place.folder / "even.jsonl").write_text("".join(lines[::2]))
+    mixed = [*words, "data.source=odd.jsonl,even.jsonl", "data.weights=1,1", "train.micro_batch_size=1"]
+    calm, seen = tmp_path / "calm", tmp_path / "seen"
+    done = place.python("run.name=mixed", *mixed, recipe="hooked_recipe.py", environment={"SEEN": str(calm)})
+    assert done.returncode == 0, done.stderr
+    back = [*mixed, "train.on_spike=rollback", "train.checkpoint_every_steps=4", "train.max_steps=8"]
+    environment = {"SEEN": str(seen), "POISON": "22"}  # of four sequences a step: in the sixth
+    done = place.python("run.name=mixed_back", *back, recipe="hooked_recipe.py", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "rolled back to step 4: " in done.stderr
+    batches = np.loadtxt(calm, dtype=int).tolist()
+    assert np.loadtxt(seen, dtype=int).tolist() == [*batches[:24], *batches[24:40]]
+
+
+def test_a_rank_without_documents_says_so(place: Place, words: list[str]) -> None:
+    """What the first rank does not meet, the other says, once."""
+    text = (place.folder / "text").read_text()
+    texts = (text[:9000], text[9000:])
+    (place.folder / "single.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    one = [*words, "data.source=single.jsonl", "data.validation_documents=1", "train.eval_sequences=2"]
+    done = place.launch("run.name=single", *one, ranks=2)
+    assert done.returncode != 0
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "data.source='single.jsonl' has no text for each of 2 ranks" in sentence
+    assert sentence.endswith("(rank 1)")
+
+
 def test_a_rollback_reads_on(place: Place, words: list[str], tmp_path: Path) -> None:
     """From the checkpoint of step 4 past the batch that was not finite: in that process, and in one that resumes."""
     calm, seen = tmp_path / "calm", tmp_path / "seen"
