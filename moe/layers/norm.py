@@ -13,8 +13,8 @@ __all__ = ["RMSNorm"]
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the input's dtype, summed in fp32.
 
-    Takes the arguments of `torch.nn.RMSNorm`. Under autocast an activation is bf16 and the weight fp32; torch's fused
-    kernel wants both alike.
+    Takes the arguments of `torch.nn.RMSNorm`, but always has a weight; on a CPU it can be differentiated once. Under
+    autocast an activation is bf16 and the weight fp32; torch's fused kernel wants both alike.
     """
 
     def forward(self, x: Tensor) -> Tensor:
