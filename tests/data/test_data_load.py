@@ -89,7 +89,7 @@ def test_the_vocabulary_may_be_padded_and_not_cut(rows: str, tmp_path: Path, tok
     assert load(given, tmp_path, vocab_size=320).facts.vocab_size == 300
     with pytest.raises(DataError, match=r"model\.vocab_size=299 is less than the 300 tokens of .*; set .*=300, or"):
         load(given, tmp_path, vocab_size=299)
-    with pytest.raises(DataError, match="does not exist; give data.tokenizer"):
+    with pytest.raises(DataError, match=r"does not exist; give data\.tokenizer"):
         load(DataConfig(source=rows, tokenizer=str(tmp_path / "none.json")), tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_unfit_tokenizers_are_one_sentence(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(DataError, match="is not a tokenizer"):
         DocumentEncoder(file)
-    with pytest.raises(DataError, match="does not exist; give data.tokenizer"):
+    with pytest.raises(DataError, match=r"does not exist; give data\.tokenizer"):
         copy_tokenizer(tmp_path / "none.json", None, tmp_path / "out.json")
     (tmp_path / "tokenizer_config.json").write_text("[]")
     train_tokenizer(TEXTS, 300, tmp_path / "sub.json")  # replaces the configuration beside it
