@@ -9,16 +9,18 @@
 Weights lie as Hugging Face stores them: gate_up (E, 2F, D) and down (E, D, F). Products accumulate in fp32.
 Letters: R rows, I inputs, O outputs, E experts.
 
+`gemm_torch.py` is the reference.
+
 Example: offsets 0 2 2 3 with one input and one output, w = 10 20 30, x = 1 2 3 -> y = 10 20 90; with dy = 1 1 1,
 dw = 3 0 3.
 """
 
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import gemm_torch
 from ._triton import on_device_of, tl, triton
 from .agreement import Check, D, F, Side
 from .backend import register_check, resolve
@@ -43,87 +45,6 @@ def grouped_gemm(x_RI: Tensor, w_EOI: Tensor, offsets_E1: Tensor, *, backend: st
     if offsets_E1.shape != (w_EOI.shape[0] + 1,):
         raise KernelError(f"offsets_E1 has shape {tuple(offsets_E1.shape)}: give ({w_EOI.shape[0] + 1},)")
     return _grouped_gemm(x_RI, w_EOI, offsets_E1, resolve(backend, x_RI.device))
-
-
-# torch reference
-
-# oneDNN compiles its bf16 product anew for every number of rows and keeps some thousand, and experts have other numbers
-# in every step: 64 new ones cost 50 ms, the products themselves 5 to 8. So on a CPU an expert's rows are taken in a
-# window of a whole number of steps, with some of its neighbours' beside them.
-_STEP = 32
-
-
-def _fits_grouped_mm(*tensors: Tensor) -> bool:
-    """Whether torch's grouped_mm is the way: on CUDA in bf16, on a CPU in fp32, for row-major rows of 16 aligned bytes.
-
-    In fp32 it is faster than the loops below (E = 64, D = 256, F = 128, R = 12288, one product: 11 ms against 13), and
-    it needs no offsets on the host.
-    """
-    dtype = torch.bfloat16 if tensors[0].is_cuda else torch.float32
-    return all(
-        t.dtype == dtype and t.numel() and not t.shape[-1] * t.element_size() % 16 and not t.data_ptr() % 16
-        for t in tensors
-    )
-
-
-def _forward_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    if _fits_grouped_mm(x, w):
-        return torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
-    return _multiply_groups(x, w.transpose(1, 2), offsets)
-
-
-def _dgrad_torch(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    if _fits_grouped_mm(dy, w):
-        return torch.nn.functional.grouped_mm(dy, w, offs=offsets[1:])
-    return _multiply_groups(dy, w, offsets)
-
-
-def _multiply_groups(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x[r] @ w[e(r)]. Weights are cast to x's dtype one by one, which then lie in the cache."""
-    y = x.new_empty(x.shape[0], w.shape[2])
-    for e, start, end in _groups(offsets):
-        first, last = _window(start, end, x)
-        matrix = w[e].to(x.dtype)
-        if first == start:  # what is too much lies behind, where later experts write
-            torch.mm(x[first:last], matrix, out=y[first:last])
-        else:
-            y[start:end] = (x[first:last] @ matrix)[start - first : end - first]
-    y[int(offsets[-1]) :] = 0
-    return y
-
-
-def _wgrad_torch(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    if _fits_grouped_mm(dy, x):
-        dw = torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:])
-        if dw.is_cuda:  # experts without rows: not promised to be written
-            dw.masked_fill_((offsets[1:] == offsets[:-1])[:, None, None], 0)
-        return dw.to(out_dtype)
-    dw = dy.new_empty(offsets.numel() - 1, dy.shape[1], x.shape[1], dtype=out_dtype)
-    dw.index_fill_(0, (offsets[1:] == offsets[:-1]).nonzero().squeeze(1), 0)
-    product = dy.new_empty(dw.shape[1:])  # one for all, in the cache, cast on its way out
-    for e, start, end in _groups(offsets):
-        first, last = _window(start, end, x)
-        # zeros around both: of the neighbours' rows not even an infinity gets in
-        alone = [torch.nn.functional.pad(part[start:end], (0, 0, start - first, last - end)) for part in (dy, x)]
-        dw[e] = torch.mm(alone[0].t(), alone[1], out=product)
-    return dw
-
-
-def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, one past the last) of every expert that has rows; reads the offsets on the host."""
-    return [(e, start, end) for e, (start, end) in enumerate(pairwise(offsets.tolist())) if end > start]
-
-
-def _window(start: int, end: int, x: Tensor) -> tuple[int, int]:
-    """(first row, one past the last) to multiply for the rows start .. end: a whole number of steps, if x has as many.
-
-    Example: 5 .. 45 of 100 rows -> 5 .. 69; 60 .. 100 of 100 -> 36 .. 100.
-    """
-    if x.is_cuda or x.dtype == torch.float32:
-        return start, end
-    rows = -((start - end) // _STEP) * _STEP
-    first = max(0, min(start, x.shape[0] - rows))
-    return first, min(first + rows, x.shape[0])
 
 
 # kernels
@@ -316,13 +237,13 @@ def _launch_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype
 def gemm_forward(x: Tensor, w: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """y (R, O) of contiguous x (R, I) and w (E, O, I), in x's dtype."""
     w = _as_multiplied(w, x)
-    return _launch_gemm(x, w, offsets, False) if backend == "triton" else _forward_torch(x, w, offsets)
+    return _launch_gemm(x, w, offsets, False) if backend == "triton" else gemm_torch.forward(x, w, offsets)
 
 
 def gemm_dgrad(dy: Tensor, w: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """dx (R, I) of contiguous dy (R, O) and w (E, O, I), in dy's dtype."""
     w = _as_multiplied(w, dy)
-    return _launch_gemm(dy, w, offsets, True) if backend == "triton" else _dgrad_torch(dy, w, offsets)
+    return _launch_gemm(dy, w, offsets, True) if backend == "triton" else gemm_torch.dgrad(dy, w, offsets)
 
 
 def _as_multiplied(w: Tensor, x: Tensor) -> Tensor:
@@ -332,7 +253,7 @@ def _as_multiplied(w: Tensor, x: Tensor) -> Tensor:
 
 def gemm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     """dw (E, O, I) in `out_dtype` of contiguous dy (R, O) and x (R, I)."""
-    run = _launch_wgrad if backend == "triton" else _wgrad_torch
+    run = _launch_wgrad if backend == "triton" else gemm_torch.wgrad
     return run(dy, x, offsets, out_dtype)
 
 
