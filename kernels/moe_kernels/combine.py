@@ -4,13 +4,12 @@
 
     total_t = sum_k rows[place[t, k]]         rows (R, D) -> (T, D), added in fp32
 
-place is the inverse of order (`dispatch.py`): place[order[r]] = r. Each token gathers its rows, so there are no
+place says where sorting put each slot (`dispatch.py`). Each token gathers its rows, so there are no
 atomics and the sum is the same at every run. Letters: T tokens, K top-k, R = T*K rows, D model.
 
-Example: order 1 2 0 3, K = 2, rows 10 20 30 40 -> place 2 0 1 3, totals 30 + 10 = 40 and 20 + 40 = 60.
+Example: K = 2, rows 10 20 30 40, place 2 0 1 3 -> totals 30 + 10 = 40 and 20 + 40 = 60.
 """
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -40,7 +39,7 @@ def sum_slots_kernel(p_rows, p_place, p_total, n_tokens, width, K: tl.constexpr,
     slot = o_t.to(tl.int64) * K
     total = tl.zeros((BT, BD), tl.float32)
     for k in range(K):
-        row = tl.load(p_place + slot + k, mask=m_t, other=0)
+        row = tl.load(p_place + slot + k, mask=m_t, other=0).to(tl.int64)
         total += tl.load(p_rows + row[:, None] * width + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
     p_out = p_total + o_t.to(tl.int64)[:, None] * width + o_d[None, :]
     tl.store(p_out, total.to(p_total.dtype.element_ty), mask=mask)
@@ -75,9 +74,7 @@ def _sum_triton(rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 # by backend
 
 
-def sum_slots(rows: Tensor, order: Tensor, top_k: int, backend: str) -> Tensor:
+def sum_slots(rows: Tensor, place: Tensor, top_k: int, backend: str) -> Tensor:
     """(T, D) sums of contiguous rows (R, D)."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
     run = _sum_triton if backend == "triton" else _sum_torch
     return run(rows, place, top_k)

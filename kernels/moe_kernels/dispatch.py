@@ -2,11 +2,13 @@
 # (jit functions: Triton reads their annotations itself)
 """Sort the R = T*K (token, slot) pairs by expert, stably: rows of one expert stay in token order.
 
-    order_R      int64   order[r] = t*K + k: which flattened slot sorted row r came from
-    token_R      int64   token[r] = order[r] // K: whose activations row r reads
+    order_R      int32   order[r] = t*K + k: which flattened slot sorted row r came from
+    token_R      int32   token[r] = order[r] // K: whose activations row r reads
+    place_R      int32   place[t*K + k] = r: the inverse of order
     offsets_E1   int32   rows offsets[e] .. offsets[e+1] belong to expert e; offsets[0] = 0, offsets[E] = R
 
-Example: T = 2, K = 2, E = 3, topk_index = [[2, 0], [0, 2]] -> order 1 2 0 3, token 0 1 0 1, offsets 0 2 2 4.
+Example: T = 2, K = 2, E = 3, topk_index = [[2, 0], [0, 2]] -> order 1 2 0 3, token 0 1 0 1, place 2 0 1 3,
+offsets 0 2 2 4.
 """
 
 from typing import NamedTuple
@@ -27,6 +29,7 @@ class Dispatch(NamedTuple):
 
     order_R: Tensor
     token_R: Tensor
+    place_R: Tensor
     offsets_E1: Tensor
 
 
@@ -40,24 +43,26 @@ def sort_by_expert(
     if topk_index_TK.dim() != 2:
         raise KernelError(f"topk_index_TK has {topk_index_TK.dim()} dimensions: give (tokens, top_k)")
     backend = resolve(backend, topk_index_TK.device)
-    order, offsets = _sort_by_expert(topk_index_TK, n_experts, tokens_per_expert, backend)
-    return Dispatch(order, order // max(topk_index_TK.shape[1], 1), offsets)
+    order, place, offsets = _sort_by_expert(topk_index_TK, n_experts, tokens_per_expert, backend)
+    return Dispatch(order, order // max(topk_index_TK.shape[1], 1), place, offsets)
 
 
 # torch reference
 
 
-def _sort_torch(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sort_torch(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     flat = index.flatten()
     # Two-byte keys sort in 0.7 ms where eight-byte ones take 1.7 ms (262k rows, CPU).
     keys = flat.to(torch.int16) if n_experts <= 2**15 else flat
-    order = keys.argsort(stable=True)
+    order = keys.argsort(stable=True).to(torch.int32)
     if counts is None:
         counts = torch.zeros(n_experts, dtype=torch.int32, device=index.device)
         counts.scatter_add_(0, flat.long(), torch.ones(flat.numel(), dtype=torch.int32, device=index.device))
     offsets = torch.zeros(n_experts + 1, dtype=torch.int32, device=index.device)
     torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
-    return order, offsets
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    return order, place, offsets
 
 
 # kernels
@@ -76,8 +81,9 @@ def expert_histogram_kernel(p_index, p_hist, n_rows, n_experts, BR: tl.constexpr
 
 
 @triton.jit
-def scatter_rows_kernel(p_index, p_base, p_order, n_rows, n_experts, BR: tl.constexpr):
-    """order[base[block, e] + rank] = row, rank being the number of earlier rows of the block with the same expert.
+def scatter_rows_kernel(p_index, p_base, p_order, p_place, n_rows, n_experts, BR: tl.constexpr):
+    """place[row] = base[block, e] + rank and order[place[row]] = row, where e is the row's expert and rank the number
+    of earlier rows of the block with the same expert.
 
     Example: BR = 4, one block, experts 2 0 0 2, base 0 2 2 -> ranks 0 0 1 1, places 2 0 1 3, order 1 2 0 3.
     """
@@ -90,7 +96,8 @@ def scatter_rows_kernel(p_index, p_base, p_order, n_rows, n_experts, BR: tl.cons
     earlier = (other[None, :] == expert[:, None]) & (o_other[None, :] < o_row[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
     base = tl.load(p_base + block.to(tl.int64) * n_experts + expert, mask=m_row, other=0)
-    tl.store(p_order + base + rank, o_row.to(tl.int64), mask=m_row)
+    tl.store(p_order + base + rank, o_row, mask=m_row)
+    tl.store(p_place + o_row, base + rank, mask=m_row)
 
 
 # launcher
@@ -98,12 +105,12 @@ def scatter_rows_kernel(p_index, p_base, p_order, n_rows, n_experts, BR: tl.cons
 SORT_BLOCK = 128  # rows per program: ranks compare them pairwise
 
 
-def _sort_triton(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sort_triton(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     flat = index.contiguous().view(-1)
     n_rows = flat.numel()
     n_blocks = triton.cdiv(n_rows, SORT_BLOCK)
     hist = torch.empty(n_blocks, n_experts, dtype=torch.int32, device=index.device)
-    order = torch.empty(n_rows, dtype=torch.int64, device=index.device)
+    order, place = (torch.empty(n_rows, dtype=torch.int32, device=index.device) for _ in range(2))
     with on_device_of(index):
         if n_rows:
             expert_histogram_kernel[(n_blocks,)](
@@ -115,28 +122,31 @@ def _sort_triton(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[
         torch.cumsum(total, 0, dtype=torch.int32, out=offsets[1:])
         base = through - hist + offsets[:-1]
         if n_rows:
-            scatter_rows_kernel[(n_blocks,)](flat, base, order, n_rows, n_experts, BR=SORT_BLOCK, num_warps=4)
-    return order, offsets
+            scatter_rows_kernel[(n_blocks,)](flat, base, order, place, n_rows, n_experts, BR=SORT_BLOCK, num_warps=4)
+    return order, place, offsets
 
 
 # library op
 
 
-def sort_rows(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """(order_R, offsets_E1) by the given backend; what the library ops of this package are built from."""
+def sort_rows(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(order_R, place_R, offsets_E1) by the given backend; what the library ops of this package are built from."""
     run = _sort_triton if backend == "triton" else _sort_torch
     return run(index, n_experts, counts)
 
 
 @torch.library.custom_op("moe_kernels::sort_by_expert", mutates_args=())
-def _sort_by_expert(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _sort_by_expert(
+    index: Tensor, n_experts: int, counts: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return sort_rows(index, n_experts, counts, backend)
 
 
 @_sort_by_expert.register_fake
-def _(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        index.new_empty((index.numel(),), dtype=torch.int64),
+        index.new_empty((index.numel(),), dtype=torch.int32),
+        index.new_empty((index.numel(),), dtype=torch.int32),
         index.new_empty((n_experts + 1,), dtype=torch.int32),
     )
 
@@ -147,8 +157,8 @@ def _(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tup
 def _probe(side: Side) -> dict[str, Tensor]:
     """Two blocks of rows; the last two experts stay empty."""
     index = torch.randint(E - 2, (2 * T, K), generator=torch.Generator().manual_seed(0))
-    order, offsets = _sort_by_expert(index.to(side.device), E, None, side.backend)
-    return {"order": order, "offsets": offsets}
+    order, place, offsets = _sort_by_expert(index.to(side.device), E, None, side.backend)
+    return {"order": order, "place": place, "offsets": offsets}
 
 
 register_check(Check("sort_by_expert", _probe, {torch.float32: 0.0}))

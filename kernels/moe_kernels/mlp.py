@@ -102,16 +102,16 @@ def _forward(
     counts: Tensor | None,
     null_experts: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_experts, top_k = gate_up.shape[0], index.shape[1]
-    order, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
+    order, place, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
     offsets = offsets[: n_experts + 1].clone()  # null experts come last: their rows lie behind every group
     rows = x.index_select(0, order // top_k)
     h = _clear_nulls(gemm_forward(rows, gate_up, offsets, backend), offsets, null_experts)
     del rows
     wa = swiglu_forward(h, weight.float().flatten().index_select(0, order), backend)
     out = gemm_forward(wa, down, offsets, backend)
-    return sum_slots(_clear_nulls(out, offsets, null_experts), order, top_k, backend), h, order, offsets
+    return sum_slots(_clear_nulls(out, offsets, null_experts), place, top_k, backend), h, order, place, offsets
 
 
 def _clear_nulls(rows: Tensor, offsets: Tensor, null_experts: int) -> Tensor:
@@ -131,6 +131,7 @@ def _backward_parts(
     weight: Tensor,
     h: Tensor,
     order: Tensor,
+    place: Tensor,
     offsets: Tensor,
     need: list[bool],
     null_experts: int,
@@ -153,7 +154,7 @@ def _backward_parts(
     d_x = x.new_empty(0)
     if need_x:
         d_rows = gemm_dgrad(dh, gate_up, offsets, backend)
-        d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), order, top_k, backend)
+        d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), place, top_k, backend)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 
@@ -170,8 +171,8 @@ def _expert_mlp(
     counts: Tensor | None,
     null_experts: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, order, offsets); weights are cast to x's dtype and only the originals are kept."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, h, order, place, offsets); weights are cast to x's dtype and only the originals are kept."""
     return _forward(x, gate_up, down, index, weight, counts, null_experts, backend)
 
 
@@ -185,12 +186,13 @@ def _(
     counts: Tensor | None,
     null_experts: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = index.numel()
     return (
         x.new_empty(x.shape),
         x.new_empty((rows, gate_up.shape[1])),
-        index.new_empty((rows,), dtype=torch.int64),
+        index.new_empty((rows,), dtype=torch.int32),
+        index.new_empty((rows,), dtype=torch.int32),
         index.new_empty((gate_up.shape[0] + 1,), dtype=torch.int32),
     )
 
@@ -204,13 +206,14 @@ def _expert_mlp_backward(
     weight: Tensor,
     h: Tensor,
     order: Tensor,
+    place: Tensor,
     offsets: Tensor,
     need: list[bool],
     null_experts: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
-    return _backward_parts(dy, x, gate_up, down, weight, h, order, offsets, need, null_experts, backend)
+    return _backward_parts(dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts, backend)
 
 
 @_expert_mlp_backward.register_fake
@@ -222,6 +225,7 @@ def _(
     weight: Tensor,
     h: Tensor,
     order: Tensor,
+    place: Tensor,
     offsets: Tensor,
     need: list[bool],
     null_experts: int,
@@ -237,10 +241,10 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, gate_up, down, _, weight, _, null_experts, backend = inputs
-    _, h, order, offsets = output
-    ctx.mark_non_differentiable(h, order, offsets)
+    _, h, order, place, offsets = output
+    ctx.mark_non_differentiable(h, order, place, offsets)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gate_up, down, weight, h, order, offsets)
+    ctx.save_for_backward(x, gate_up, down, weight, h, order, place, offsets)
     ctx.constants = (null_experts, backend)
 
 

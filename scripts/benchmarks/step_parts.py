@@ -111,12 +111,12 @@ def _mixture_s(layer: MoE, x_TD: Tensor, bf16: bool) -> dict[str, float]:
         layer.router.forget()
 
     def dispatch() -> None:
-        order, _ = sort_rows(index, len(counts), counts, "torch")
+        order, place, _ = sort_rows(index, len(counts), counts, "torch")
         rows = x_TD.to(torch.bfloat16 if bf16 else x_TD.dtype)
         for _ in range(3):  # x forward, dy and x backward
             gathered = rows.index_select(0, order // index.shape[1])
         for _ in range(2):  # y forward, dx backward
-            sum_slots(gathered, order, index.shape[1], "torch")
+            sum_slots(gathered, place, index.shape[1], "torch")
 
     found = {"router": best_s(route_and_back), "dispatch and combine": best_s(dispatch)}
     found["experts"] = best_s(train_layer(layer.experts, x_TD, bf16, index, weight, counts))

@@ -230,7 +230,7 @@ def test_self_check_catches_a_kernel_one_percent_off(
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("position", [0, 1], ids=["order", "offsets"])
+@pytest.mark.parametrize("position", [0, 1, 2], ids=["order", "place", "offsets"])
 def test_self_check_catches_one_row_out_of_place(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
     """Sorting has no one percent: a single wrong index is one too many."""
     from moe_kernels import dispatch

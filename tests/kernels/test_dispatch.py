@@ -23,8 +23,9 @@ def test_matches_a_stable_sort(place: Any, n_tokens: int, n_experts: int, top_k:
     out = sort_by_expert(index, n_experts, tokens_per_expert=counts if counted else None, backend=place.backend)
     assert out.order_R.tolist() == order
     assert out.token_R.tolist() == [row // top_k for row in order]
+    assert [order[place] for place in out.place_R.tolist()] == list(range(len(order)))
     assert out.offsets_E1.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert (out.order_R.dtype, out.offsets_E1.dtype) == (torch.int64, torch.int32)
+    assert (out.order_R.dtype, out.offsets_E1.dtype) == (torch.int32, torch.int32)
 
 
 def test_all_tokens_on_one_expert(place: Any) -> None:
@@ -41,6 +42,7 @@ def test_worked_examples(place: Any) -> None:
         out = sort_by_expert(given, 3, backend=place.backend)
         assert out.order_R.tolist() == [1, 2, 0, 3]
         assert out.token_R.tolist() == [0, 1, 0, 1]
+        assert out.place_R.tolist() == [2, 0, 1, 3]
         assert out.offsets_E1.tolist() == [0, 2, 2, 4]
 
 

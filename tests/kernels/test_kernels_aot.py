@@ -85,7 +85,7 @@ def _swiglu_backward(module: Any) -> Any:
 
 
 def _combine(module: Any) -> Any:
-    return module._sum_triton(_rows(torch.bfloat16, 2048), torch.empty(4096, dtype=torch.int64), 8)
+    return module._sum_triton(_rows(torch.bfloat16, 2048), torch.empty(4096, dtype=torch.int32), 8)
 
 
 # name -> (file, kernel, launch)
