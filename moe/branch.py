@@ -97,9 +97,9 @@ def _fill(run: RunDir, trunk: RunDir, checkpoint: Path, state: dict[str, Any]) -
         verify(Path(shutil.copytree(checkpoint, run.checkpoints / checkpoint.name, copy_function=_link)))
     except (shutil.Error, FileNotFoundError, CheckpointError):
         raise CheckpointError(f"{checkpoint} was deleted while it was copied; branch from a newer one") from None
-    for name in (trunk.data.name, trunk.tokenizer.name, "tokenizer_config.json"):
-        if (trunk.root / name).is_file():  # a run on tokens of a hook's own has no tokenizer
-            shutil.copyfile(trunk.root / name, run.root / name)
+    for file in (trunk.data, trunk.tokenizer, trunk.tokenizer_config):
+        if file.is_file():  # a run on tokens of a hook's own has no tokenizer
+            shutil.copyfile(file, run.root / file.name)
     if trunk.skipped.is_file():
         passed_over = [entry for entry in trunk.read_json(trunk.skipped)["skipped"] if entry["step"] <= state["step"]]
         write_json(run.skipped, {"skipped": passed_over})

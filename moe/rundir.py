@@ -46,6 +46,7 @@ class RunDir:
         self.environment = self.root / "environment.json"
         self.data = self.root / "data.json"
         self.tokenizer = self.root / "tokenizer.json"
+        self.tokenizer_config = self.root / "tokenizer_config.json"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.skipped = self.root / "skipped.json"

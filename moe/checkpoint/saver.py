@@ -34,7 +34,6 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.stall_s = 0.0  # how long the last save kept the caller
-        self.write_s = 0.0  # how long the last finished write took
 
     def save(self, step: int, take: Take) -> None:
         """Take a snapshot and write it; waits for the write before, so that at most one copy is held.
@@ -67,7 +66,5 @@ class Saver:
         self._writer.shutdown(wait=True)
 
     def _write(self, step: int, snapshot: Snapshot) -> None:
-        began = time.monotonic()
         write_checkpoint(self._folder, step, snapshot)
         prune(self._folder, self._keep, self._keep_every_steps)
-        self.write_s = time.monotonic() - began

@@ -9,10 +9,11 @@ from typing import Any
 
 from moe.config.balance import BalanceConfig
 from moe.config.data import DataConfig
+from moe.config.energy import EnergyConfig
 from moe.config.fields import Section, nearest
 from moe.config.model import ModelConfig
 from moe.config.optim import OptimConfig
-from moe.config.run import EnergyConfig, RunConfig
+from moe.config.run import RunConfig
 from moe.config.tracking import TrackingConfig
 from moe.config.train import TrainConfig
 from moe.errors import ConfigError

@@ -93,3 +93,7 @@ class TrainConfig(Section):
                 f"try {max(1, round(self.global_batch_size / (ranks * max(micro, 1)))) * ranks * max(micro, 1)}",
             )
         return self.global_batch_size // (ranks * micro)
+
+    def micro_batch(self, ranks: int) -> int:
+        """Sequences a rank passes at once. Raises ConfigError when the batch does not divide."""
+        return self.global_batch_size // (ranks * self.accumulation(ranks))

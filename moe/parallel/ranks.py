@@ -6,6 +6,7 @@ process while there are two.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "local_rank",
     "node",
     "rank",
+    "say",
     "sum_numbers",
     "world_size",
 ]
@@ -55,6 +57,12 @@ def node() -> int:
 def is_first() -> bool:
     """Whether this is rank 0, which alone writes the run directory's files."""
     return rank() == 0
+
+
+def say(sentence: str) -> None:
+    """Tell the user, on stderr; rank 0 does it for all."""
+    if is_first():
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

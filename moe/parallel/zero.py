@@ -57,10 +57,9 @@ class ZeroEngine(Engine):
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
         train, model = self._recipe.train, self._recipe.model
-        accumulation = train.accumulation(self.ranks)
         return {
-            "train_micro_batch_size_per_gpu": train.global_batch_size // (self.ranks * accumulation),
-            "gradient_accumulation_steps": accumulation,
+            "train_micro_batch_size_per_gpu": train.micro_batch(self.ranks),
+            "gradient_accumulation_steps": train.accumulation(self.ranks),
             "gradient_clipping": self._recipe.optim.grad_clip,
             "zero_optimization": {
                 "stage": self._stage,

@@ -61,9 +61,9 @@ def read_details(path: Path, check: Callable[[Path], None] | None = None) -> Run
     if status.problem:
         raise CompareError(status.problem)
     try:
-        recipe = Recipe.from_dict(run.read_json(run.config))
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise CompareError(f"{run.config} does not describe a run: {error}") from None
+        recipe = Recipe.read(run.config)
+    except ConfigError as error:
+        raise CompareError(str(error)) from None
     rows = read_metrics(run.metrics) if run.metrics.is_file() else []
     fold = fold_ledgers(run.ledgers()) if run.ledgers() else None
     return RunDetails(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["new_identity", "open_tracker"]
 
-AXES = ("train/step", "train/tokens", "train/device_hours", "energy/total_kwh")  # what a chart may be drawn against
+_AXES = ("train/step", "train/tokens", "train/device_hours", "energy/total_kwh")  # what a chart may be drawn against
 _FINISH_S = 60  # how long the end of a run waits for W&B's upload; what is missing then, `wandb sync` sends
 
 
@@ -82,7 +82,7 @@ def _open_wandb(recipe: Recipe, run: RunDir) -> "GeneralTracker":
     define("eval/*", step_metric="train/tokens")
     # a metric defined by name takes nothing from its group's line, its axis neither
     define("eval/loss", step_metric="train/tokens", summary="min")
-    for axis in AXES:
+    for axis in _AXES:
         define(axis)
     return tracker
 

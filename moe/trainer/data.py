@@ -1,7 +1,5 @@
 """A run's data: the first rank puts the tokenizer into the run directory, every rank reads it there and loads alike."""
 
-import sys
-
 from moe.config import Recipe
 from moe.data import DataFacts, Sampling, TrainingData, load_data, make_tokenizer, open_sources
 from moe.errors import ConfigError
@@ -26,13 +24,11 @@ def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -
     ranks.barrier()  # everyone has compared before the first rank writes
     if ranks.is_first():
         write_json(run.data, data.facts.to_dict())
-        length = "a stream of" if data.facts.train_tokens is None else f"{data.facts.train_tokens:,}"
-        print(
-            f"{data.facts.source}: {length} training and {data.facts.validation_tokens:,} validation tokens, "
-            f"corpus sha256 {data.facts.corpus_sha256[:16]}",
-            file=sys.stderr,
-            flush=True,
-        )
+    length = "a stream of" if data.facts.train_tokens is None else f"{data.facts.train_tokens:,}"
+    ranks.say(
+        f"{data.facts.source}: {length} training and {data.facts.validation_tokens:,} validation tokens, "
+        f"corpus sha256 {data.facts.corpus_sha256[:16]}"
+    )
     return data
 
 

@@ -34,7 +34,7 @@ from moe.trainer.start import Start, discard_later, find_start
 
 __all__ = ["exit_with", "main", "train"]
 
-_FIRST_SPEAKS_S = 5.0  # the launcher ends the other ranks within a second of the first failure
+_FIRST_SPEAKS_S = 5.0  # torchrun looks at its processes ten times a second, and ends all when one has failed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -76,8 +76,7 @@ def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
         closing.callback(stop.restore)
         engine = start_engine(recipe)
         closing.callback(engine.close)
-        micro_batch_size = recipe.train.global_batch_size // (engine.ranks * recipe.train.accumulation(engine.ranks))
-        memory.check(recipe, micro_batch_size, engine.device, engine.ranks)
+        memory.check(recipe, recipe.train.micro_batch(engine.ranks), engine.device, engine.ranks)
         try:
             outcome = _segment(recipe, run, engine, hooks, stop)
             while outcome.reason == "rollback":
@@ -96,10 +95,10 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         start = find_start(recipe, run)
         _check_agreement(start, engine)
         for complaint in start.complaints:
-            _say(f"passed over: {complaint}")
+            ranks.say(f"passed over: {complaint}")
         if start.step >= recipe.train.max_steps:
             where = f"{run.root} is complete at step {start.step}"
-            _say(f"{where}; raise train.max_steps to train on, or take a new run.name")
+            ranks.say(f"{where}; raise train.max_steps to train on, or take a new run.name")
             return Outcome(start.step, "complete")
         if ranks.is_first():
             run.create()
@@ -110,7 +109,7 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         closing.callback(meter.stop)
         if ranks.is_first():
             for discarded in discard_later(run, start):
-                _say(f"set aside: {discarded}, which is beyond step {start.step}")
+                ranks.say(f"set aside: {discarded}, which is beyond step {start.step}")
             write_json(run.config, recipe.to_dict())
             write_json(run.environment, {**describe(engine.device, meter.device_uuids, hooks), "engine": engine.name})
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
@@ -119,12 +118,12 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         data = load_run_data(recipe, run, hooks, trained=start.trained)
         meter.phase("idle")
         loop = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop)
-        _say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")
+        ranks.say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")
         outcome = loop.steps()
         if ranks.is_first():
             write_json(run.memory, memory.report(recipe, loop.micro_batch, engine.device))
         if outcome.reason != "rollback":
-            _say(_farewell(run, outcome))
+            ranks.say(_farewell(run, outcome))
         return outcome
 
 
@@ -146,7 +145,7 @@ def _loop(
     state = {}
     if start.checkpoint:
         state = engine.load(start.checkpoint, model, optimizer)
-        _say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
+        ranks.say(f"{run.root} goes on from step {start.step} of {recipe.train.max_steps}")
     model.recompute(recipe.train.recompute_layers)
     if recipe.train.compile:
         model.compile()
@@ -172,11 +171,6 @@ def _farewell(run: RunDir, outcome: Outcome) -> str:
         return f"{run.root} is complete at step {outcome.step}" + (f", eval/loss {loss:.4f}" if loss else "")
     cause = "its budget is spent" if outcome.reason == "budget" else f"{outcome.reason} asked it to"
     return f"{run.root} stopped at step {outcome.step} because {cause}; the same command goes on from there"
-
-
-def _say(sentence: str) -> None:
-    if ranks.is_first():
-        print(sentence, file=sys.stderr, flush=True)
 
 
 def exit_with(sentence: str) -> NoReturn:

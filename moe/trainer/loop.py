@@ -83,8 +83,7 @@ class Loop:
         self.model, self.optimizer, self.balancer = model, optimizer, balancer
         self.meter, self.tracking, self.stop = meter, tracking, stop
         self.first_step = first_step
-        self.accumulation = train.accumulation(engine.ranks)
-        self.micro_batch = train.global_batch_size // (engine.ranks * self.accumulation)
+        self.micro_batch = train.micro_batch(engine.ranks)
         self.tokens_per_step = train.global_batch_size * train.seq_len
 
         self.facts = data.facts
@@ -99,7 +98,7 @@ class Loop:
             sequential=recipe.data.streaming,
             global_batch_size=train.global_batch_size,
             micro_batch_size=self.micro_batch,
-            accumulation=self.accumulation,
+            accumulation=train.accumulation(engine.ranks),
         )
         self.batches.restore(state.get("data", []), first_step)
 
@@ -168,7 +167,7 @@ class Loop:
                 cost = self.meter.cost()
                 self._log(step, result, cost)
                 progress.set_postfix_str(_postfix(result.logged()["train/loss"], metrics, cost), refresh=False)
-                if self._spent(cost) and step < train.max_steps:
+                if cost.reaches_budget(self.recipe) and step < train.max_steps:
                     reason = "budget"
             else:
                 self.telemetry.pause()
@@ -198,11 +197,11 @@ class Loop:
         train = self.recipe.train
         cause = f"{result.refused} at step {step + 1} ({self.batches.sequences(step)})"
         if train.on_spike == "stop":
-            if step > self.first_step:  # else it is the checkpoint the run went on from
+            if step > self.first_step:  # else it is the checkpoint the run went on from, or the weights it began with
                 self._save(step)
                 self.saver.wait()
             raise TrainingError(
-                f"{cause}; the update was not made and step {step} is saved: "
+                f"{cause}; the update was not made{f' and step {step} is saved' if step else ''}: "
                 "go on with train.on_spike=skip or rollback, or a larger train.spike_sigmas"
             )
         self.skipped_in_a_row += 1
@@ -212,14 +211,14 @@ class Loop:
                     f"{cause}, the {self.skipped_in_a_row}th in a row: the weights must be at fault, not the batch; "
                     "go on with train.on_spike=rollback, or start a new run.name with a lower optim.lr"
                 )
-            _say(f"skipped: {cause}")
+            ranks.say(f"skipped: {cause}")
             return "skip"
         self.saver.wait()
         ranks.barrier()
         newest, _ = newest_whole(self.run.checkpoints)
         back_to = step_of(newest) if newest else 0
         self.passed_over.roll_back(back_to, step + 1, cause)
-        _say(f"rolled back to step {back_to}: {cause}")
+        ranks.say(f"rolled back to step {back_to}: {cause}")
         return "rollback"
 
     def _asked_to_stop(self, result: StepResult) -> bool:
@@ -230,20 +229,11 @@ class Loop:
 
     def _already_over(self) -> str | None:
         """A signal that came while text was read, on any rank; or "budget", for a run that goes on with none left."""
-        spent = self.first_step > 0 and self._spent(self.meter.cost())
+        spent = self.first_step > 0 and self.meter.cost().reaches_budget(self.recipe)
         stopped, spent_anywhere = ranks.sum_numbers([float(bool(self.stop)), float(spent)], self.engine.device)
         if stopped:
             return self.stop.signal.name if self.stop.signal else "SIGTERM"
         return "budget" if spent_anywhere else None
-
-    def _spent(self, cost: Cost) -> bool:
-        train = self.recipe.train
-        budgets = (
-            (train.max_kwh, cost.kwh),
-            (train.max_device_hours, cost.device_hours),
-            (train.max_cost, self.recipe.energy.cost(cost.device_hours, cost.kwh)),
-        )
-        return any(limit is not None and used >= limit for limit, used in budgets)
 
     def _log(self, step: int, result: StepResult, cost: Cost) -> None:
         """Write a metrics row. Raises TrainingError when loss or gradient are not finite."""
@@ -255,17 +245,11 @@ class Loop:
             row |= result.logged()
             row |= {"train/grad_norm": float(result.norm), "train/lr": self.optimizer.param_groups[0]["lr"]}
             row |= result.load.metrics() | self.balancer.bias_metrics()
-        row |= self._cost_row(cost)
+        row |= cost.row(self.recipe.energy)
         row["energy/power_w"] = cost.power_w
         row |= self.telemetry.stop(step)
         row["efficiency/data_wait_s"] = self.batches.waited_s()
         self.tracking.log(row)
-
-    def _cost_row(self, cost: Cost) -> dict[str, float]:
-        row = {"train/device_hours": cost.device_hours, "energy/total_kwh": cost.kwh}
-        if not self.recipe.energy.has_no_price:
-            row["efficiency/cost"] = self.recipe.energy.cost(cost.device_hours, cost.kwh)
-        return row
 
     def _check_finite(self, step: int) -> None:
         """Before anything of the last step is written down: NaN weights must not become the newest checkpoint."""
@@ -299,11 +283,11 @@ class Loop:
         metrics |= self.hooks.evaluate(self.recipe, self.model, step)
         # the row's clock is what `moe compare` looks up in the ledger: a loss costs its measuring too
         row = {"train/step": step, "train/tokens": step * self.tokens_per_step, **metrics}
-        self.tracking.log(row | self._cost_row(self.meter.cost()))
+        self.tracking.log(row | self.meter.cost().row(self.recipe.energy))
         return metrics
 
     def _save(self, step: int) -> None:
-        """Take a snapshot and have it written. Raises CheckpointError when a write failed, this or the last one."""
+        """Take a snapshot and have it written. Raises CheckpointError when this write and the one before failed."""
         self._check_finite(step)
         self.meter.phase("checkpoint")
         self.telemetry.leave()
@@ -327,8 +311,3 @@ def _postfix(loss: float, metrics: dict[str, float], cost: Cost) -> str:
         parts.append(f"MaxVio {metrics['eval/max_vio']:.2f}")
     parts.append(f"{cost.kwh * 1000:.2f} Wh")
     return ", ".join(parts)
-
-
-def _say(sentence: str) -> None:
-    if ranks.is_first():
-        print(sentence, file=sys.stderr, flush=True)

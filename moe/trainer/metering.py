@@ -2,7 +2,7 @@
 
 import sys
 
-from moe.config import Recipe
+from moe.config import EnergyConfig, Recipe
 from moe.energy import EnergyMeter, Source
 from moe.energy.sources import EstimateSource
 from moe.errors import SensorError
@@ -45,6 +45,23 @@ class Cost:
         self.kwh = energy_j / 3.6e6
         self.device_hours = device_hours
         self.power_w = power_w
+
+    def reaches_budget(self, recipe: Recipe) -> bool:
+        """Whether one of the recipe's budgets is used up."""
+        train = recipe.train
+        budgets = (
+            (train.max_kwh, self.kwh),
+            (train.max_device_hours, self.device_hours),
+            (train.max_cost, recipe.energy.cost(self.device_hours, self.kwh)),
+        )
+        return any(limit is not None and used >= limit for limit, used in budgets)
+
+    def row(self, prices: EnergyConfig) -> dict[str, float]:
+        """The columns of a metrics row."""
+        row = {"train/device_hours": self.device_hours, "energy/total_kwh": self.kwh}
+        if not prices.has_no_price:
+            row["efficiency/cost"] = prices.cost(self.device_hours, self.kwh)
+        return row
 
 
 class TrainingMeter:

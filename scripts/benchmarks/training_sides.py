@@ -6,6 +6,7 @@ fp32; bf16, autocast over fp32 weights; pure bf16, weights and optimizer states 
 """
 
 import tempfile
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 
 import torch
@@ -21,7 +22,7 @@ __all__ = ["Ours", "Side", "Theirs"]
 OPTIM = OptimConfig()
 
 
-class Side:
+class Side(ABC):
     """A model and its optimizer; `step` trains it on one batch."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str) -> None:
@@ -40,12 +41,13 @@ class Side:
         self.balance()
         return float(loss.detach())
 
+    @abstractmethod
     def loss(self, ids: Tensor) -> Tensor:
         """Mean next-token cross-entropy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def balance(self) -> None:
-        """Nothing to balance."""
+        """What is done about the experts' load after a step."""
 
 
 class Ours(Side):
@@ -95,6 +97,9 @@ class Theirs(Side):
             return self.model(input_ids=ids, labels=ids, use_cache=False).loss
         hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
         return self.head(hidden, next_token_labels(ids)) / ids[:, 1:].numel()
+
+    def balance(self) -> None:
+        """Nothing: transformers moves no biases."""
 
 
 def _same_groups(model: nn.Module) -> torch.optim.AdamW:

@@ -64,6 +64,15 @@ def test_stop_names_step_and_batch_and_saves_what_was_before(place: Place, calm:
     assert place.losses("stopping") == calm
 
 
+def test_stop_at_the_first_step_has_nothing_to_save(place: Place) -> None:
+    """And does not say it has."""
+    words = ("run.name=stillborn", *SHORT, "train.spike_sigmas=100")
+    done = place.python(*words, recipe="hooked_recipe.py", environment={"POISON": "1"})
+    assert done.returncode == 2, done.stderr
+    assert "at step 1 (sequences 0 to 3); the update was not made: go on with" in done.stderr
+    assert not list((place.run("stillborn") / "checkpoints").iterdir())
+
+
 def test_unwatched_nan_is_named_with_its_batch(place: Place) -> None:
     """By default nothing waits for the device before the update; the row of that step is refused instead."""
     done = place.python("run.name=nan", *SHORT, recipe="hooked_recipe.py", environment={"POISON": "7"})
