@@ -6,6 +6,7 @@ from moe.errors import ConfigError
 from moe.parallel import ranks
 from moe.rundir import RunDir, write_json
 from moe.trainer.hooks import Hooks
+from moe.trainer.signals import interruptible
 
 __all__ = ["load_run_data"]
 
@@ -33,11 +34,13 @@ def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -
 
 
 def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
-    sources = open_sources(recipe.data)
+    sources, vocab_size = open_sources(recipe.data), recipe.model.vocab_size
     if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        make_tokenizer(sources, recipe.data, recipe.model.vocab_size, run.tokenizer)
+        interruptible(lambda: make_tokenizer(sources, recipe.data, vocab_size, run.tokenizer))
     ranks.barrier()
-    return load_data(sources, recipe.data, run.tokenizer, recipe.model.vocab_size, sampling, verify=ranks.is_first())
+    return interruptible(
+        lambda: load_data(sources, recipe.data, run.tokenizer, vocab_size, sampling, verify=ranks.is_first())
+    )
 
 
 def _check_same(recipe: Recipe, run: RunDir, facts: DataFacts) -> None:
