@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe.config import DataConfig
 from moe.data.mixture import Mixture
-from moe.data.sequences import SequenceReader, Sequences
+from moe.data.sequences import CountedSequences, SequenceReader, Sequences
 from moe.data.shards import PreparedFolder
 from moe.data.shuffle import ShuffledDocuments
 from moe.data.sources import Source, open_source
@@ -34,7 +34,7 @@ class TrainingData:
     """What the trainer reads. `end_token` is the id that ends a document."""
 
     train: SequenceReader
-    validation: Sequences | Mixture
+    validation: CountedSequences
     facts: DataFacts
     end_token: int
 
