@@ -26,14 +26,17 @@ from moe.errors import ConfigError
 __all__ = ["read_intensities", "read_prices"]
 
 LB_PER_MWH = 453.59237 / 1000  # gram per kWh
-# what else a column of grid intensities may be called, and what its values are worth in g/kWh
+# column -> how files in another unit call it, and what their values are worth in ours
 _OTHER_UNITS = {
-    "g_per_mwh": 0.001,
-    "kg_per_kwh": 1000.0,
-    "kg_per_mwh": 1.0,
-    "t_per_mwh": 1000.0,
-    "lb_per_mwh": LB_PER_MWH,
-    "lbs_per_mwh": LB_PER_MWH,
+    "g_per_kwh": {
+        "g_per_mwh": 0.001,
+        "kg_per_kwh": 1000.0,
+        "kg_per_mwh": 1.0,
+        "t_per_mwh": 1000.0,
+        "lb_per_mwh": LB_PER_MWH,
+        "lbs_per_mwh": LB_PER_MWH,
+    },
+    "price_per_kwh": {"price_per_mwh": 0.001},
 }
 
 
@@ -50,7 +53,7 @@ def read_intensities(path: Path) -> Series:
         return _json(path, content)
     except ConfigError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"series {path} is not as Electricity Maps, WattTime v3 or NESO write it ({type(error).__name__} {error}): "
             "save the service's answer unchanged, or write utc,g_per_kwh as CSV"
@@ -75,35 +78,32 @@ def _csv(path: Path, text: str, column: str, unit: str) -> Series:
     header = [name.strip() for name in lines.fieldnames or ()]
     lines.fieldnames = header
     if header[:1] != ["utc"] or column not in header:
-        wrong = next((name for name in header if name.casefold() in _OTHER_UNITS), None)
-        if wrong and column == "g_per_kwh":
-            raise ConfigError(
-                f"series {path} is in {wrong}: multiply by {_OTHER_UNITS[wrong.casefold()]:.9g} and name the column "
-                f"{column}"
-            )
+        for name in header:
+            if worth := _OTHER_UNITS[column].get(name.casefold()):
+                raise ConfigError(f"series {path} is in {name}: multiply by {worth:.9g} and name the column {column}")
         raise ConfigError(f"series {path} begins with {','.join(header)!r}: its first line must be utc,{column}")
     rows = list(lines)
     try:
         values = [(_utc_ns(row["utc"]), float(row[column])) for row in rows if row[column].strip()]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"series {path} has a line that is not utc,{column} ({error}): correct it") from None
     kinds = [_one(path, name, (row.get(name) for row in rows)) for name in ("signal", "factor_type")]
     kind = _kind(*kinds) if column == "g_per_kwh" else "price"
     return Series.from_points(str(path), _lasting(path, values), unit=unit, kind=kind, source=f"file {path}")
 
 
-def _json(path: Path, content: Any) -> Series:
-    rows: Any = content.get("history", content.get("data")) if isinstance(content, dict) else content
+def _json(path: Path, content: dict[str, Any]) -> Series:
+    rows: Any = content.get("history", content.get("data"))
     if isinstance(rows, dict):  # NESO's regional answer lies one level deeper
         rows = rows["data"]
-    first = rows[0] if rows else {}
+    first = rows[0]
     if "carbonIntensity" in first:
         return _electricity_maps(path, rows)
     if "point_time" in first:
         return _watttime(path, rows, content.get("meta") or {})
     if "intensity" in first:
         return _neso(path, rows)
-    raise KeyError(", ".join(sorted(first)) or "no rows")
+    raise KeyError(", ".join(sorted(first)))
 
 
 def _electricity_maps(path: Path, rows: list[dict[str, Any]]) -> Series:

@@ -122,6 +122,8 @@ def _operation(result: Footprint, fold: Fold, said: Stated, pue: Factor | None, 
         plain, factors = everyday_numbers(facility, numbers["carbon_location"])
         numbers |= plain
         result.factors |= factors
+    if fold.total.coverage < 0.99:
+        result.notes.append(f"the meter saw {fold.total.coverage:.1%} of the devices' time: the rest is in no number")
     if it.scope == "gpu":
         result.notes.append("the energy is that of the GPUs alone: processors, memory and network are in no number")
 

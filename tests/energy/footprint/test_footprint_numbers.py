@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.energy import fold_ledgers
 from moe.energy.footprint import Footprint, Stated, footprint_of
 from moe.energy.footprint.quantity import Interval
 from moe.errors import ConfigError
@@ -70,8 +71,6 @@ def test_embodied_carbon_is_amortised_over_real_use(run):
 
 def test_several_devices_and_segments_are_reserved_together(new_segment, tmp_path):
     """Two devices for an hour, then one for two more: four device-hours, the same share as above."""
-    from moe.energy import fold_ledgers
-
     first = new_segment(0, devices=("GPU-a", "GPU-b"))
     first.end(3600)
     second = new_segment(7200)
@@ -144,12 +143,21 @@ def test_every_number_and_factor_says_what_it_is(run, source, energy):
 
 
 def test_energy_that_was_never_read_leaves_out_what_depends_on_it(new_segment, tmp_path):
-    from moe.energy import fold_ledgers
-
     new_segment().end(3600)
     footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="DE", price=2))
     assert list(footprint.numbers) == ["cost_devices"]
     assert footprint.notes == ["no energy was read: its carbon, water and price are not known"]
+
+
+def test_time_the_meter_did_not_see_is_told(new_segment, tmp_path):
+    """Read for two of four hours: nothing is made up for the rest."""
+    segment = new_segment()
+    segment.read(0, 0)
+    segment.read(7200, 3.6e6)
+    segment.end(14400)
+    footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="100"))
+    assert numbers(footprint, "carbon_location")[0] == pytest.approx(100)
+    assert "the meter saw 50.0% of the devices' time: the rest is in no number" in footprint.notes
 
 
 def test_hardware_in_no_table_is_left_out_and_named(run):

@@ -191,7 +191,8 @@ def test_estimated_hours_of_electricity_maps_are_told_and_empty_ones_are_gaps(ru
             id="another day",
         ),
         pytest.param("{", "is no JSON (Expecting property name", id="torn"),
-        pytest.param("[]", "is not as Electricity Maps, WattTime v3 or NESO write it (KeyError 'no rows')", id="none"),
+        pytest.param("[]", "is not as Electricity Maps, WattTime v3 or NESO write it (AttributeError", id="a list"),
+        pytest.param('{"data": []}', "is not as Electricity Maps, WattTime v3 or NESO write it (IndexError", id="none"),
         pytest.param('{"data": [{"x": 1}]}', "write it (KeyError 'x'): save the service's answer", id="stranger"),
         pytest.param(
             json.dumps({"history": [MAPS[0], dict(MAPS[1], emissionFactorType="lifecycle")]}),
@@ -211,6 +212,31 @@ def test_a_series_that_cannot_be_used_is_one_sentence(run, carbon, text, sentenc
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("series ")
     assert "\n" not in str(caught.value)
+
+
+def test_prices_in_another_unit_are_named(run, tmp_path):
+    (tmp_path / "prices.csv").write_text(csv_of(HOURS, "price_per_mwh"))
+    with pytest.raises(ConfigError, match=r"is in price_per_mwh: multiply by 0\.001 and name the column price_per_kwh"):
+        footprint_of(run(), Stated(price_kwh=str(tmp_path / "prices.csv")))
+
+
+@pytest.mark.parametrize("form", ANSWERS)
+def test_a_mutilated_file_is_a_sentence_or_a_series(tmp_path, form):
+    """Bytes dropped, doubled and changed at random: never another exception."""
+    rng = random.Random(form)
+    text, sentences, values = ANSWERS[form][0], [], []
+    for _ in range(150):
+        at, length = rng.randrange(len(text)), rng.randrange(30)
+        torn = text[:at] + rng.choice(["", "9" * 400, "null", "-", "{}", text[at : at + 40]]) + text[at + length :]
+        (tmp_path / "a.json").write_text(torn)
+        try:
+            values += [point.value for point in read_intensities(tmp_path / "a.json").points]
+        except ConfigError as error:
+            sentences.append(str(error))
+    assert sentences
+    assert values
+    assert all("\n" not in sentence for sentence in sentences)
+    assert all(0 <= value < float("inf") for value in values)
 
 
 def test_a_run_that_used_no_energy_cannot_be_joined(run, carbon):
