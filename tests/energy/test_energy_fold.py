@@ -363,3 +363,17 @@ def test_the_json_has_the_contracts_keys(path):
     assert {"uuid", "name", "source", "scope", "energy_j", "band_j", "coverage"} <= report["devices"][0].keys()
     assert report["total"]["unattributed_j"] == 1000.0
     assert report["phases"]["unattributed"] == {"energy_j": 1000.0, "elapsed_s": 0.0}
+
+
+def test_tokens_are_those_of_the_final_lineage(path):
+    """100 told, then resumed at step 0: what the second segment tells counts, and before it told anything, nothing."""
+    scribe = Scribe(path, 0)
+    scribe.add("mark", 5, phase="idle", step=10, tokens=100, phase_s={"idle": 5.0})
+    scribe.close()
+    assert fold_ledgers([path]).tokens == 100
+    scribe = Scribe(path, 20)
+    scribe.mark(25, None, idle=5.0)
+    assert fold_ledgers([path]).tokens is None
+    scribe.add("mark", 30, phase="idle", step=6, tokens=60, phase_s={"idle": 5.0})
+    scribe.close()
+    assert fold_ledgers([path]).tokens == 60
