@@ -1,0 +1,170 @@
+"""`moe energy report`: what a run cost, how well that is known, and with which factors."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from moe.energy import Fold
+    from moe.energy.footprint import Footprint
+
+__all__ = ["joules", "report"]
+
+# what is printed in larger units from a thousand on, and a thousand of it
+_LARGER = {"gCO2e": "kgCO2e", "kgCO2e": "tCO2e", "g": "kg", "kWh": "MWh", "MWh": "GWh", "L": "m3"}
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a ledger file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+    pue: Annotated[
+        str | None,
+        typer.Option(metavar="X|NAME", help="Facility energy over IT energy, or a provider's.", show_default=False),
+    ] = None,
+    cooling: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="air, liquid or immersion: its range of PUE.", show_default=False),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ZONE|G_PER_KWH|FILE",
+            help="Where it ran: a country (DE, DEU, Germany), a US eGRID subregion, g/kWh, or a series by time.",
+            show_default=False,
+        ),
+    ] = None,
+    market: Annotated[
+        float | None, typer.Option(metavar="G_PER_KWH", help="The electricity contract's factor.", show_default=False)
+    ] = None,
+    wue: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X|NAME",
+            help="Litre of water a kWh of IT energy the site consumes; withdrawn=X; or a provider's. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="X", help="Price of a device-hour.", show_default=False)
+    ] = None,
+    price_kwh: Annotated[
+        str | None, typer.Option(metavar="X|FILE", help="Price of a kWh, or prices by time.", show_default=False)
+    ] = None,
+    lifetime: Annotated[
+        float | None, typer.Option(metavar="YEARS", help="Service life of the hardware.", show_default=False)
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of its life the hardware works.", show_default=False),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain equivalents too.")] = False,
+) -> None:
+    """Say what a run cost: energy with its band, device-hours, phases; carbon, water and money from factors you give.
+
+    Computed from the ledger, as often as you like. docs/footprint.md has the formulas and every shipped factor.
+    """
+    from moe.energy import fold_ledgers
+    from moe.energy.footprint import Stated, footprint_of
+
+    fold = fold_ledgers(_ledgers(run))
+    said = Stated(
+        pue=pue,
+        cooling=cooling,
+        grid=grid,
+        market=market,
+        wue=tuple(wue or ()),
+        price=price,
+        price_kwh=price_kwh,
+        lifetime=lifetime,
+        utilisation=utilisation,
+        plain=plain,
+    )
+    footprint = footprint_of(fold, said)
+    if as_json:
+        print(json.dumps(fold.to_json(footprint.to_json()), indent=2, allow_nan=False))
+        for note in [*fold.notes, *footprint.notes]:
+            print(note, file=sys.stderr)
+        return
+    _print_report(fold, footprint)
+
+
+def joules(energy_j: float | None) -> str:
+    """Joules, from 36 kJ on as kWh."""
+    if energy_j is None:
+        return "not known"
+    return f"{energy_j:,.1f} J" if energy_j < 36_000 else f"{energy_j / 3.6e6:,.4g} kWh"
+
+
+def _ledgers(run: Path) -> list[Path]:
+    """The ledgers of a run directory, the first node's first, or the file itself."""
+    from moe.rundir import RunDir
+
+    if run.is_file():
+        return [run]
+    if not run.is_dir():
+        raise ConfigError(f"{run} is neither a run directory nor a ledger file: check the path")
+    found = RunDir(run).ledgers()
+    if not found:
+        raise ConfigError(f"{run} holds no ledger.jsonl: give the folder of a metered run")
+    return found
+
+
+def _print_report(fold: "Fold", footprint: "Footprint") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def row(*words: str) -> list[Text]:
+        """Cells that are neither markup nor able to steer the terminal: a ledger may come from anywhere."""
+        return [Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in word)) for word in words]
+
+    total = fold.total
+    console = Console(highlight=False)
+    table = Table("", "energy", "±", "source", "scope", "coverage")
+    parts: list[tuple[str, Any]] = [("total", total)]
+    parts += [(f"{device.name} {device.uuid}", device) for device in fold.devices]
+    for name, part in parts:
+        numbers = (joules(part.energy_j), joules(part.band_j), part.source, part.scope, f"{part.coverage:.1%}")
+        table.add_row(*row(name, *numbers))
+    console.print(table)
+    phases = Table("phase", "energy", "time")
+    for name, phase in fold.phases.items():
+        phases.add_row(*row(name, joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s"))
+    console.print(phases)
+    useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
+    console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
+    console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
+    for title, rows in (("footprint", _numbers(footprint)), ("factor", _factors(footprint))):
+        listing = Table(title, "value", "low - high", "unit", "of" if title == "footprint" else "source")
+        for cells in rows:
+            listing.add_row(*row(*cells))
+        if listing.row_count:
+            console.print(listing)
+    for line in row(*fold.notes, *footprint.notes):
+        console.print(line)
+
+
+def _numbers(footprint: "Footprint") -> "Iterator[tuple[str, ...]]":
+    for name, number in footprint.numbers.items():
+        amount, unit, scale = number.amount, number.unit, 1.0
+        while unit in _LARGER and amount.high * scale >= 1000:
+            unit, scale = _LARGER[unit], scale / 1000
+        of = f"{number.scope}, energy an estimate" if number.energy == "estimate" else number.scope
+        yield name, *_cells(amount.scaled(scale)), unit, of
+
+
+def _factors(footprint: "Footprint") -> "Iterator[tuple[str, ...]]":
+    for name, factor in footprint.factors.items():
+        source = ", ".join(word for word in (factor.name, factor.kind, factor.year, factor.source) if word)
+        yield name, *_cells(factor.amount), factor.unit, source
+
+
+def _cells(amount: Any) -> tuple[str, str]:
+    return "not known" if amount.value is None else f"{amount.value:.4g}", f"{amount.low:.4g} - {amount.high:.4g}"
