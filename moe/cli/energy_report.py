@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from moe.energy import Fold
     from moe.energy.footprint import Footprint
+    from moe.energy.footprint.quantity import Interval, Quantity
 
 __all__ = ["joules", "report"]
 
@@ -141,30 +143,48 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
     console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
     console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
-    for title, rows in (("footprint", _numbers(footprint)), ("factor", _factors(footprint))):
-        listing = Table(title, "value", "low - high", "unit", "of" if title == "footprint" else "source")
-        for cells in rows:
-            listing.add_row(*row(*cells))
-        if listing.row_count:
-            console.print(listing)
-    for line in row(*fold.notes, *footprint.notes):
+    for scope, listed in groupby(footprint.numbers.items(), lambda item: _scope(item[1])):
+        listing = Table.grid(padding=(0, 2))
+        for name, number in listed:
+            listing.add_row(*row(f"  {_words(name)}", *_cells(number)))
+        console.print()
+        console.print(*row(f"footprint, {scope}"))
+        console.print(listing)
+    if footprint.factors:
+        console.print("\nfactors")
+    for line in row(*_factors(footprint), "", *fold.notes, *footprint.notes):
         console.print(line)
 
 
-def _numbers(footprint: "Footprint") -> "Iterator[tuple[str, ...]]":
-    for name, number in footprint.numbers.items():
-        amount, unit, scale = number.amount, number.unit, 1.0
-        while unit in _LARGER and amount.high * scale >= 1000:
-            unit, scale = _LARGER[unit], scale / 1000
-        of = f"{number.scope}, energy an estimate" if number.energy == "estimate" else number.scope
-        yield name, *_cells(amount.scaled(scale)), unit, of
+def _scope(number: "Quantity") -> str:
+    return f"{number.scope}, the energy an estimate" if number.energy == "estimate" else number.scope
 
 
-def _factors(footprint: "Footprint") -> "Iterator[tuple[str, ...]]":
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cells(number: "Quantity") -> tuple[str, str]:
+    """The number with its unit, and its band where it has one beside the value."""
+    amount, unit, scale = number.amount, number.unit, 1.0
+    while unit in _LARGER and amount.high * scale >= 1000:
+        unit, scale = _LARGER[unit], scale / 1000
+    amount = amount.scaled(scale)
+    band = _band(amount)
+    return (f"{band} {unit}", "") if amount.value is None else (f"{amount.value:.4g} {unit}", band)
+
+
+def _factors(footprint: "Footprint") -> "Iterator[str]":
     for name, factor in footprint.factors.items():
-        source = ", ".join(word for word in (factor.name, factor.kind, factor.year, factor.source) if word)
-        yield name, *_cells(factor.amount), factor.unit, source
+        if factor.amount.value is None:
+            value = f"{_band(factor.amount)} {factor.unit}"
+        else:
+            band = _band(factor.amount)
+            value = f"{factor.amount.value:.4g} {factor.unit}" + (f" ({band})" if band else "")
+        told = (factor.name, factor.kind, factor.year, factor.source)
+        source = factor.source if factor.name == "stated" else ", ".join(filter(None, told))
+        yield f"  {_words(name)}: {value}, {source}"
 
 
-def _cells(amount: Any) -> tuple[str, str]:
-    return "not known" if amount.value is None else f"{amount.value:.4g}", f"{amount.low:.4g} - {amount.high:.4g}"
+def _band(amount: "Interval") -> str:
+    return "" if amount.low == amount.high else f"{amount.low:.4g} to {amount.high:.4g}"
