@@ -72,8 +72,8 @@ def _route_backward(module: Any) -> Any:
     return module._backward_triton(torch.empty(1024, 8), scores, scores, index, "sigmoid", True, 2.5)
 
 
-def _sort(module: Any) -> Any:
-    return module._sort_triton(torch.zeros(1024, 8, dtype=torch.int64), 256, None)
+def _sort(experts: int) -> Callable[[Any], Any]:
+    return lambda module: module._sort_triton(torch.zeros(1024, 8, dtype=torch.int64), experts, None)
 
 
 def _swiglu(module: Any) -> Any:
@@ -99,8 +99,9 @@ CASES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "route-noaux-tc": ("routing_forward", "topk_route_kernel", _route(256, 8, "sigmoid", "noaux_tc", 8, 4)),
     "route-chosen": ("routing_forward", "topk_route_kernel", _route_chosen),
     "route-backward": ("routing_backward", "topk_route_backward_kernel", _route_backward),
-    "histogram": ("dispatch", "expert_histogram_kernel", _sort),
-    "scatter": ("dispatch", "scatter_rows_kernel", _sort),
+    "histogram": ("dispatch", "expert_histogram_kernel", _sort(512)),
+    "scan": ("dispatch", "scan_histogram_kernel", _sort(512)),
+    "scatter": ("dispatch", "scatter_rows_kernel", _sort(512)),
     "swiglu": ("swiglu", "swiglu_kernel", _swiglu),
     "swiglu-backward": ("swiglu", "swiglu_backward_kernel", _swiglu_backward),
     "combine": ("combine", "sum_slots_kernel", _combine),
