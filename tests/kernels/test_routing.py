@@ -189,11 +189,13 @@ def test_wrong_arguments_name_value_and_mend(arguments: dict[str, Any], words: s
 
 def test_library_op_is_well_formed() -> None:
     """Schema, fake implementation and autograd registration agree, with and without a bias."""
-    logits = torch.randn(5, 8, requires_grad=True)
-    op = torch.ops.moe_kernels.topk_route.default
-    torch.library.opcheck(op, (logits, torch.randn(8), None, 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, "torch"))
+    logits, bias = torch.randn(5, 8, requires_grad=True), torch.randn(8)
     chosen = torch.rand(logits.shape).argsort(-1)[:, :2].contiguous()
-    torch.library.opcheck(op, (logits, None, chosen, 2, "softmax", "greedy", 1, 1, False, 1.0, "torch"))
+    for given in (
+        (bias, None, None, 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, False, 0),
+        (None, chosen, None, 2, "softmax", "greedy", 1, 1, False, 1.0, False, 0),
+    ):
+        torch.library.opcheck(torch.ops.moe_kernels.topk_route.default, (logits, *given, "torch"))
 
 
 def test_compiles_as_one_graph() -> None:
