@@ -31,12 +31,13 @@ __all__ = [
 def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *, centre: bool = False) -> Tensor:
     """The bias after one step: b_i + speed * sign(mean load - load_i) (arXiv:2408.15664, Algorithm 1).
 
-    Both (E,); the bias fp32. An expert at the mean exactly keeps its bias. With `centre` the mean of the steps over
-    experts is subtracted from each: selection is the same, and the biases' mean stays where it is.
+    Both (..., E), each row by itself; the bias fp32, loads whole numbers, which are compared as such: an expert at the
+    mean exactly keeps its bias, however many tokens there are. With `centre` the mean of the steps over experts is
+    subtracted from each: selection is the same, and the biases' mean stays where it is.
     """
-    load = tokens_per_expert.to(torch.float32)
-    direction = torch.sign(load.mean() - load)
-    return expert_bias + speed * (direction - direction.mean() if centre else direction)
+    load = tokens_per_expert.to(torch.int64)
+    direction = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load).to(torch.float32)
+    return expert_bias + speed * (direction - direction.mean(-1, keepdim=True) if centre else direction)
 
 
 def margin_histogram(scores_TE: Tensor, expert_bias: Tensor, top_k: int, counted_T: Tensor | None = None) -> Tensor:
