@@ -2,7 +2,7 @@
 # (jit functions: Triton reads their annotations itself)
 """Sort the R = T*K (token, slot) pairs by expert, stably: rows of one expert stay in token order.
 
-    order_R      int32   order[r] = t*K + k: which flattened slot sorted row r came from
+    order_R      int32   order[r] = t*K + k: which flattened slot sorted row r came from; R < 2**31
     token_R      int32   token[r] = order[r] // K: whose activations row r reads
     place_R      int32   place[t*K + k] = r: the inverse of order
     offsets_E1   int32   rows offsets[e] .. offsets[e+1] belong to expert e; offsets[0] = 0, offsets[E] = R
@@ -91,7 +91,7 @@ def expert_histogram_kernel(
     hist = tl.histogram(expert, BE)
     tl.store(p_hist + block.to(tl.int64) * n_experts + o_e, hist, mask=o_e < n_experts)
     if COUNT:
-        tl.atomic_add(p_counts + o_e, hist, mask=(o_e < n_experts) & (hist > 0))
+        tl.atomic_add(p_counts + o_e, hist, mask=(o_e < n_experts) & (hist > 0), sem="relaxed")
 
 
 @triton.jit
