@@ -31,8 +31,8 @@ __all__ = [
 def sign_update(expert_bias: Tensor, tokens_per_expert: Tensor, speed: float, *, centre: bool = False) -> Tensor:
     """The bias after one step: b_i + speed * sign(mean load - load_i) (arXiv:2408.15664, Algorithm 1).
 
-    Both (..., E), each row by itself; the bias fp32, loads whole numbers, which are compared as such: an expert at the
-    mean exactly keeps its bias, however many tokens there are. With `centre` the mean of the steps over experts is
+    Both (..., E), each layer by itself; the bias fp32, loads whole numbers and compared as such: an expert at the mean
+    exactly keeps its bias, however many tokens there are. With `centre` the mean of the steps over experts is
     subtracted from each: selection is the same, and the biases' mean stays where it is.
     """
     load = tokens_per_expert.to(torch.int64)
@@ -56,19 +56,20 @@ def quantile_update(expert_bias: Tensor, histogram: Tensor, top_k: int, step: fl
     m_ti = r_ti - b_i of `margin_histogram` that is b_i + quantile(m_i), here interpolated within the bin. In fp64, from
     integers: ranks that hold the same histogram hold the same biases bit for bit.
 
-    With `step` below 1 the biases go that share of the way only: an exponential moving average over batches, which
-    hold fewer tokens than a quantile needs to lie still.
+    Biases (..., E) and histograms (..., E, bins), each layer by itself. With `step` below 1 the biases go that share of
+    the way only: a moving average over batches, which hold fewer tokens than a quantile needs to lie still.
     """
     count = histogram.to(torch.float64)
-    below = count.cumsum(1)
-    wanted = below[:, -1:] * (top_k / histogram.shape[0])
-    bin_ = (below < wanted).sum(1, keepdim=True)
-    inside = count.gather(1, bin_).clamp_min(1)
-    position = bin_ + 1 - (below.gather(1, bin_) - wanted) / inside
+    below = count.cumsum(-1)
+    wanted = below[..., -1:] * (top_k / histogram.shape[-2])
+    bin_ = (below < wanted).sum(-1, keepdim=True)
+    inside = count.gather(-1, bin_).clamp_min(1)
+    position = bin_ + 1 - (below.gather(-1, bin_) - wanted) / inside
     quantile = MARGIN_WIDTH * torch.sinh((position * (2 / MARGIN_BINS) - 1) * MARGIN_REACH)
-    moved = expert_bias.to(torch.float64) + step * quantile.squeeze(1)
+    moved = expert_bias.to(torch.float64) + step * quantile.squeeze(-1)
     # of no token at all there is no quantile: the biases stay
-    return torch.where(below[0, -1] > 0, (moved - moved.mean()).to(expert_bias.dtype), expert_bias)
+    centred = (moved - moved.mean(-1, keepdim=True)).to(expert_bias.dtype)
+    return torch.where(below[..., :1, -1] > 0, centred, expert_bias)
 
 
 def balance_loss(load_BE: Tensor, shares_BE: Tensor, tokens_B: Tensor) -> Tensor:

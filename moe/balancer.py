@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -139,27 +140,26 @@ class Balancer:
     def step(self) -> Load:
         """Update every bias from the load since the last step, clear the load, and return it."""
         load, margins = self._collect()
-        if self._config.method == "sign":
-            self._move_by_sign(load.tokens_per_expert)
-        for name, histogram in margins.items():
-            bias = self._routers[name].expert_bias
-            assert isinstance(bias, Tensor)
-            bias.copy_(balance.quantile_update(bias, histogram, self._top_k(name), self._config.quantile_step))
+        config = self._config
+        if config.method == "sign":
+            update = partial(balance.sign_update, speed=config.bias_update_speed, centre=config.centre)
+            self._move(load.tokens_per_expert, lambda bias, loads, _: update(bias, loads))
+        elif config.method == "quantile":
+            self._move(margins, partial(balance.quantile_update, step=config.quantile_step))
         return load
 
-    def _move_by_sign(self, loads: dict[str, Tensor]) -> None:
-        """All layers of one width in one update: some ten launches a step, where each layer's own would be seven."""
-        alike: dict[tuple[torch.Size, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-        for name, load in loads.items():
+    def _move(self, recorded: dict[str, Tensor], update: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        """Biases of all layers of one kind in one stacked update: its launches come once a step, not once a layer."""
+        kinds: dict[tuple[torch.Size, torch.dtype, int], list[tuple[Tensor, Tensor]]] = {}
+        for name, counts in recorded.items():
             bias = self._routers[name].expert_bias
             assert isinstance(bias, Tensor)
-            alike.setdefault((bias.shape, bias.dtype), []).append((bias, load))
-        speed, centre = self._config.bias_update_speed, self._config.centre
-        for pairs in alike.values():
-            biases = [bias for bias, _ in pairs]
-            loads_LE = torch.stack([load for _, load in pairs])
-            moved_LE = balance.sign_update(torch.stack(biases), loads_LE, speed, centre=centre)
-            torch._foreach_copy_(biases, list(moved_LE.unbind()))
+            top_k = self._top_k(name) if isinstance(self._routers[name], Router) else 0  # the sign rule needs none
+            kinds.setdefault((bias.shape, bias.dtype, top_k), []).append((bias, counts))
+        for (_, _, top_k), pairs in kinds.items():
+            biases, counts_of = zip(*pairs, strict=True)
+            moved_LE = update(torch.stack(biases), torch.stack(counts_of), top_k)
+            torch._foreach_copy_(biases, moved_LE.unbind())
 
     def skip(self) -> None:
         """Forget the load since the last step: the optimizer skipped it, so the biases must too."""
@@ -192,8 +192,10 @@ class Balancer:
                 choices = router.first_choice
                 first[name] = counts[name].new_zeros((), dtype=torch.float64) if choices is None else choices
                 if router.collect_margins:
-                    empty = counts[name].new_zeros((len(counts[name]), balance.MARGIN_BINS))
-                    margins[name] = router.margin_histogram if router.margin_histogram is not None else empty
+                    histogram = router.margin_histogram
+                    if histogram is None:
+                        histogram = counts[name].new_zeros((len(counts[name]), balance.MARGIN_BINS))
+                    margins[name] = histogram
         self.skip()
         # a sum of integers does not depend on the order of ranks
         fixed = {"": (torch.stack(list(first.values())) * _FIXED_POINT).round()} if first else {}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.balance import entropy, max_vio, sign_update
+from moe.balance import entropy, max_vio, quantile_update, sign_update
 from moe.balancer import Balancer, LoadCounter, find_routers
 from moe.errors import ConfigError
 from moe.layers import MoE
@@ -45,18 +45,20 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_of_many_layers_launches_little_more_than_one_of_few() -> None:
+@pytest.mark.parametrize("method", ["sign", "quantile"])
+def test_a_step_of_many_layers_launches_little_more_than_one_of_few(method: str) -> None:
     """Layers of one width move together, to the bit as each would alone; telemetry has two launches a layer left."""
     launches = {}
     for layers in (3, 12):
         torch.manual_seed(0)
         model = nn.ModuleList([_layer(n_routed_experts=6 if n == 1 else 8) for n in range(layers)])
-        balancer = Balancer(model, bias_update_speed=0.01, centre=True)
+        balancer = Balancer(model, method=method, bias_update_speed=0.01)
         want = []
         for layer in model:
             nn.init.normal_(layer.router.expert_bias, std=0.1)
-            counts = layer.router(torch.randn(30, 16)).tokens_per_expert_E
-            want.append(sign_update(layer.router.expert_bias, counts, 0.01, centre=True))
+            counts, bias = layer.router(torch.randn(30, 16)).tokens_per_expert_E, layer.router.expert_bias
+            margins = layer.router.margin_histogram
+            want.append(sign_update(bias, counts, 0.01) if margins is None else quantile_update(bias, margins, 2))
         with Launches() as counted:
             balancer.step()
         launches[layers] = counted.count
