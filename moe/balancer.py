@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -139,17 +140,26 @@ class Balancer:
     def step(self) -> Load:
         """Update every bias from the load since the last step, clear the load, and return it."""
         load, margins = self._collect()
-        speed, centre = self._config.bias_update_speed, self._config.centre
-        for name, counts in load.tokens_per_expert.items():
-            bias = self._routers[name].expert_bias
-            if self._config.method == "sign":
-                assert isinstance(bias, Tensor)
-                bias.copy_(balance.sign_update(bias, counts, speed, centre=centre))
-            elif name in margins:
-                assert isinstance(bias, Tensor)
-                step = self._config.quantile_step
-                bias.copy_(balance.quantile_update(bias, margins[name], self._top_k(name), step))
+        config = self._config
+        if config.method == "sign":
+            update = partial(balance.sign_update, speed=config.bias_update_speed, centre=config.centre)
+            self._move(load.tokens_per_expert, lambda bias, loads, _: update(bias, loads))
+        elif config.method == "quantile":
+            self._move(margins, partial(balance.quantile_update, step=config.quantile_step))
         return load
+
+    def _move(self, recorded: dict[str, Tensor], update: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        """Biases of all layers of one kind in one stacked update: its launches come once a step, not once a layer."""
+        kinds: dict[tuple[torch.Size, torch.dtype, int], list[tuple[Tensor, Tensor]]] = {}
+        for name, counts in recorded.items():
+            bias = self._routers[name].expert_bias
+            assert isinstance(bias, Tensor)
+            top_k = self._top_k(name) if isinstance(self._routers[name], Router) else 0  # the sign rule needs none
+            kinds.setdefault((bias.shape, bias.dtype, top_k), []).append((bias, counts))
+        for (_, _, top_k), pairs in kinds.items():
+            biases, counts_of = zip(*pairs, strict=True)
+            moved_LE = update(torch.stack(biases), torch.stack(counts_of), top_k)
+            torch._foreach_copy_(biases, moved_LE.unbind())
 
     def skip(self) -> None:
         """Forget the load since the last step: the optimizer skipped it, so the biases must too."""
@@ -179,19 +189,22 @@ class Balancer:
             else:
                 continue
             if isinstance(router, Router):
-                # a sum of integers does not depend on the order of ranks
-                choices = router.first_choice if router.first_choice is not None else counts[name].new_zeros(1)
-                first[name] = (choices.to(torch.float64) * _FIXED_POINT).round().reshape(1)
+                choices = router.first_choice
+                first[name] = counts[name].new_zeros((), dtype=torch.float64) if choices is None else choices
                 if router.collect_margins:
-                    empty = counts[name].new_zeros((len(counts[name]), balance.MARGIN_BINS))
-                    margins[name] = router.margin_histogram if router.margin_histogram is not None else empty
+                    histogram = router.margin_histogram
+                    if histogram is None:
+                        histogram = counts[name].new_zeros((len(counts[name]), balance.MARGIN_BINS))
+                    margins[name] = histogram
         self.skip()
-        counts, margins, first = _sum_over_ranks(counts, margins, first)
-        confidence = {
-            # every token was counted K times
-            name: total[0] * self._top_k(name) / (_FIXED_POINT * counts[name].sum().clamp_min(1))
-            for name, total in first.items()
-        }
+        # a sum of integers does not depend on the order of ranks
+        fixed = {"": (torch.stack(list(first.values())) * _FIXED_POINT).round()} if first else {}
+        counts, margins, fixed = _sum_over_ranks(counts, margins, fixed)
+        confidence = {}
+        if first:
+            rows = torch.stack([counts[name].sum() for name in first])  # every token was counted K times
+            shares = fixed[""] / (_FIXED_POINT * rows.clamp_min(1))
+            confidence = {name: share * self._top_k(name) for name, share in zip(first, shares, strict=True)}
         return Load(counts, confidence, _null_experts(self._routers)), margins
 
     def _top_k(self, name: str) -> int:
@@ -249,7 +262,8 @@ def _sum_over_ranks(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     parts = [part for group in groups for part in group.values()]
     if not parts:
         return [{} for _ in groups]
-    total = all_reduce_sum(torch.cat([part.flatten().to(torch.int64) for part in parts]))
+    whole = [part.to(torch.int64) if part.is_floating_point() else part for part in parts]
+    total = all_reduce_sum(torch.cat([part.flatten() for part in whole]).to(torch.int64))
     pieces = iter(total.split([part.numel() for part in parts]))
     return [{name: next(pieces).view_as(part) for name, part in group.items()} for group in groups]
 

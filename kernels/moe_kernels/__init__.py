@@ -13,11 +13,13 @@ _EXPORTS = {
     "Dispatch": "dispatch",
     "KernelError": "errors",
     "RouteResult": "routing",
+    "RouteStatistics": "routing",
     "expert_mlp": "mlp",
     "grouped_gemm": "gemm",
     "resolve": "backend",
     "sort_by_expert": "dispatch",
     "topk_route": "routing",
+    "topk_route_with_statistics": "routing",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -38,7 +38,7 @@ def sum_slots_kernel(p_rows, p_place, p_total, n_tokens, width, K: tl.constexpr,
     mask = m_t[:, None] & (o_d < width)[None, :]
     slot = o_t.to(tl.int64) * K
     total = tl.zeros((BT, BD), tl.float32)
-    for k in range(K):
+    for k in tl.static_range(K):  # unrolled: the K gathers of a token are in flight together
         row = tl.load(p_place + slot + k, mask=m_t, other=0).to(tl.int64)
         total += tl.load(p_rows + row[:, None] * width + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
     p_out = p_total + o_t.to(tl.int64)[:, None] * width + o_d[None, :]

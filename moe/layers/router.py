@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe import balance
 from moe.config.routing import routing_fault
 from moe.errors import ConfigError
-from moe_kernels import RouteResult, topk_route
+from moe_kernels import RouteResult, RouteStatistics, topk_route_with_statistics
 
 __all__ = ["LossWeights", "Router", "recomputation", "take_balance_loss"]
 
@@ -25,6 +25,11 @@ class LossWeights(NamedTuple):
     aux: float
     sequence: float
     z: float
+
+    @property
+    def need_shares(self) -> bool:
+        """Whether one of them is a function of normalised scores."""
+        return max(self.aux, self.sequence) > 0
 
 
 class Router(nn.Module):
@@ -132,7 +137,9 @@ class Router(nn.Module):
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
-        route = topk_route(
+        recording = self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        need_shares = recording and self.loss_weights is not None and self.loss_weights.need_shares
+        route, statistics = topk_route_with_statistics(
             logits_TE,
             self.expert_bias,
             top_k=self.num_experts_per_tok,
@@ -143,27 +150,25 @@ class Router(nn.Module):
             norm_topk_prob=self.norm_topk_prob,
             routed_scaling_factor=self.routed_scaling_factor,
             chosen_TK=None if self.choices is None else self.choices(x_TD),
+            counted_T=counted_T,
+            count_margins=recording and self.collect_margins and self.expert_bias is not None,
+            sequences=sequences if need_shares else 0,
             backend=self.backend,
         )
-        loads_E = route.tokens_per_expert_E
-        if counted_T is not None:
-            loads_E = balance.count_load(route.topk_index_TK, len(self.weight), counted_T)
         if self.observed:
-            self.observed_load = _plus(self.observed_load, loads_E)
-        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
-            self._record(route._replace(tokens_per_expert_E=loads_E), logits_TE, sequences, counted_T)
+            self.observed_load = _plus(self.observed_load, statistics.load_E)
+        if recording:
+            self._record(route, statistics, logits_TE, counted_T)
         return route
 
     def forget(self) -> None:
         """Drop everything recorded since the balancer last read it."""
         self.tokens_per_expert = self.margin_histogram = self.first_choice = self.balance_loss = None
 
-    def _record(self, route: RouteResult, logits_TE: Tensor, sequences: int, counted_T: Tensor | None) -> None:
+    def _record(
+        self, route: RouteResult, statistics: RouteStatistics, logits_TE: Tensor, counted_T: Tensor | None
+    ) -> None:
         checkpointing = recomputation()
-        if counted_T is not None:
-            route = route._replace(
-                tokens_per_expert_E=balance.count_load(route.topk_index_TK, len(self.weight), counted_T)
-            )
         if self.loss_weights is not None:
             if checkpointing == "replaces":
                 raise ConfigError(
@@ -171,39 +176,32 @@ class Router(nn.Module):
                     "call torch.utils.checkpoint.checkpoint with use_reentrant=False, or set the alphas to 0"
                 )
             # computed in a repetition too: its backward needs the tensors saved on the way
-            loss = self._losses(route, logits_TE, sequences, counted_T, self.loss_weights)
+            loss = self._losses(statistics, logits_TE, counted_T, self.loss_weights)
             self.balance_loss = loss if checkpointing == "" else self.balance_loss
         if checkpointing == "repeats":
             return
         with torch.no_grad():
             # out of place: an in-place add would trip activation checkpointing's check on recomputation
-            self.tokens_per_expert = _plus(self.tokens_per_expert, route.tokens_per_expert_E)
+            self.tokens_per_expert = _plus(self.tokens_per_expert, statistics.load_E)
             weights_T = route.topk_weight_TK[:, 0] if counted_T is None else route.topk_weight_TK[:, 0] * counted_T
             first = weights_T.sum(dtype=torch.float64) / self.routed_scaling_factor
             self.first_choice = _plus(self.first_choice, first)
-            if self.collect_margins and self.expert_bias is not None:
-                margins = balance.margin_histogram(
-                    route.scores_TE, self.expert_bias, self.num_experts_per_tok, counted_T
-                )
-                self.margin_histogram = _plus(self.margin_histogram, margins)
+            if statistics.margins_EM is not None:
+                self.margin_histogram = _plus(self.margin_histogram, statistics.margins_EM)
 
     def _losses(
-        self,
-        route: RouteResult,
-        logits_TE: Tensor,
-        sequences: int,
-        counted_T: Tensor | None,
-        weights: LossWeights,
+        self, statistics: RouteStatistics, logits_TE: Tensor, counted_T: Tensor | None, weights: LossWeights
     ) -> Tensor:
         """The micro-batch's weighted losses; its own tokens are the denominator, on this rank alone."""
         total = logits_TE.new_zeros(())
-        if weights.aux:
-            loads = route.tokens_per_expert_E
-            total = total + weights.aux * balance.load_balancing_loss(route.scores_TE, loads, counted_T)
-        if weights.sequence:
-            total = total + weights.sequence * balance.sequence_loss(
-                route.scores_TE, self.num_experts_per_tok, sequences, counted_T
-            )
+        load_BE, shares_BE = statistics.preferred_BE, statistics.shares_BE
+        if load_BE is not None and shares_BE is not None:
+            tokens_B = load_BE.sum(1) // self.num_experts_per_tok
+            if weights.aux:
+                pooled = statistics.load_E.unsqueeze(0), shares_BE.sum(0, True), tokens_B.sum(0, True)
+                total = total + weights.aux * balance.balance_loss(*pooled)
+            if weights.sequence:
+                total = total + weights.sequence * balance.balance_loss(load_BE, shares_BE, tokens_B)
         if weights.z:
             total = total + weights.z * balance.z_loss(logits_TE, counted_T)
         return total

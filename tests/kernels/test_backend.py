@@ -247,6 +247,44 @@ def test_self_check_catches_one_row_out_of_place(monkeypatch: pytest.MonkeyPatch
         check_kernels("cpu")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("position", "wrong"), [(4, "load"), (5, "margins"), (6, "preferred"), (7, "shares")], ids=lambda x: str(x)
+)
+def test_self_check_catches_a_wrong_statistic(monkeypatch: pytest.MonkeyPatch, position: int, wrong: str) -> None:
+    """One count too many, or a share that is a percent off."""
+    from moe_kernels import routing_forward
+
+    right = routing_forward._forward_triton
+
+    def off(*args: Any) -> Any:
+        out = list(right(*args))
+        if out[position].numel():
+            out[position].view(-1)[3] += 0.05 * out[position].max() if wrong == "shares" else 1
+        return tuple(out)
+
+    monkeypatch.setattr(routing_forward, "_forward_triton", off)
+    with pytest.raises(KernelError, match=f"topk_route {wrong} "):
+        backend_module._checks["topk_route"].run(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("nudge", [-1e-6, 1e-6])  # ten times what rounding does; equal scores stay equal
+def test_margins_of_the_self_check_lie_inside_their_bins(monkeypatch: pytest.MonkeyPatch, nudge: float) -> None:
+    """Devices differ in the last bits of a score; no count of the check may hang on one."""
+    from moe_kernels import routing_forward
+    from moe_kernels.agreement import Side
+
+    here = Side("torch", torch.device("cpu"), torch.float32, torch.float32)
+    want = backend_module._checks["topk_route"].probe(here)["margins (margins)"]
+    right = routing_forward.margin_histogram
+    monkeypatch.setattr(
+        routing_forward,
+        "margin_histogram",
+        lambda selection, *rest: right(selection + nudge * torch.sin(1e4 * selection), *rest),
+    )
+    assert torch.equal(backend_module._checks["topk_route"].probe(here)["margins (margins)"], want)
+
+
 @pytest.mark.gpu
 def test_self_check_passes_on_this_gpu() -> None:
     """What a first use on this device runs."""

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_kernels import KernelError, sort_by_expert
+from moe_kernels import KernelError, dispatch, sort_by_expert
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["counts", "counts-given"])
 @pytest.mark.parametrize(
-    ("n_tokens", "n_experts", "top_k"), [(1, 1, 1), (7, 5, 2), (63, 24, 6), (200, 3, 1), (40, 33, 8), (0, 4, 2)]
+    ("n_tokens", "n_experts", "top_k"),
+    [(1, 1, 1), (7, 5, 2), (63, 24, 6), (200, 3, 1), (40, 33, 8), (9, 512, 8), (0, 4, 2)],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_matches_a_stable_sort(place: Any, n_tokens: int, n_experts: int, top_k: int, counted: bool) -> None:
@@ -33,6 +34,30 @@ def test_all_tokens_on_one_expert(place: Any) -> None:
     out = sort_by_expert(torch.full((150, 2), 4, device=place.device), 6, backend=place.backend)
     assert out.order_R.tolist() == list(range(300))
     assert out.offsets_E1.tolist() == [0, 0, 0, 0, 0, 300, 300]
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["counts", "counts-given"])
+def test_skewed_rows_over_many_tiles(place: Any, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zipf's law over experts: as many rows of one as fit several blocks, and a scan of several tiles each way."""
+    monkeypatch.setattr(dispatch, "SCAN_TILE", (2, 8))
+    zipf = 1 / torch.arange(1, 10)
+    index = torch.multinomial(zipf, 300, replacement=True).view(100, 3).to(place.device)
+    counts = torch.bincount(index.flatten(), minlength=11) if counted else None
+    out = sort_by_expert(index, 11, tokens_per_expert=counts, backend=place.backend)
+    flat = index.flatten().tolist()
+    assert flat.count(0) > 80
+    assert out.order_R.tolist() == sorted(range(300), key=lambda row: flat[row])
+    assert out.offsets_E1.tolist() == [sum(e < bound for e in flat) for bound in range(12)]
+
+
+@pytest.mark.interpreter
+def test_scan_worked_example() -> None:
+    """The numbers in the scan's docstring: three blocks of two rows, two experts."""
+    hist = torch.tensor([[1, 1], [0, 2], [1, 0]], dtype=torch.int32)
+    counts, offsets = hist.sum(0), torch.empty(3, dtype=torch.int32)
+    dispatch.scan_histogram_kernel[(2,)](hist, counts, offsets, 3, 2, BN=2, BC=2, BE=4)
+    assert hist.tolist() == [[0, 2], [1, 3], [1, 5]]
+    assert offsets.tolist() == [0, 2, 5]
 
 
 def test_worked_examples(place: Any) -> None:

@@ -32,6 +32,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -55,25 +56,28 @@ def _wgrad(dtype: torch.dtype) -> Callable[[Any], Any]:
     return lambda module: module._launch_wgrad(_rows(dtype, 2048), _rows(dtype, 1024), _offsets(), torch.float32)
 
 
-def _route(experts: int, top_k: int, *case: Any) -> Callable[[Any], Any]:
+def _route(experts: int, *rule: Any, chosen: bool = False, statistics: bool = False) -> Callable[[Any], Any]:
     def launch(module: Any) -> Any:
-        return module._forward_triton(torch.empty(1024, experts), torch.empty(experts), None, top_k, *case, True, 2.5)
+        logits, bias, counted = torch.empty(1024, experts), torch.empty(experts), torch.ones(1024, dtype=torch.bool)
+        index = torch.zeros(1024, rule[0], dtype=torch.int64)
+        given = (logits, bias, index if chosen else None, counted if statistics else None)
+        wanted = module.Wanted(statistics and rule[3] == 1, 4 if statistics else 0)
+        return module._forward_triton(*given, module.Rule(*rule, True, 2.5), wanted)
 
     return launch
 
 
-def _route_chosen(module: Any) -> Any:
-    chosen = torch.zeros(1024, 8, dtype=torch.int64)
-    return module._forward_triton(torch.empty(1024, 256), None, chosen, 8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)
+def _route_backward(experts: int) -> Callable[[Any], Any]:
+    def launch(module: Any) -> Any:
+        scores, index = torch.empty(1024, experts), torch.empty(1024, 8, dtype=torch.int64)
+        grads = torch.empty(1024, 8), scores, torch.empty(4, experts)
+        return module._backward_triton(*grads, scores, index, torch.ones(1024, dtype=torch.bool), "sigmoid", True, 2.5)
+
+    return launch
 
 
-def _route_backward(module: Any) -> Any:
-    scores, index = torch.empty(1024, 256), torch.empty(1024, 8, dtype=torch.int64)
-    return module._backward_triton(torch.empty(1024, 8), scores, scores, index, "sigmoid", True, 2.5)
-
-
-def _sort(module: Any) -> Any:
-    return module._sort_triton(torch.zeros(1024, 8, dtype=torch.int64), 256, None)
+def _sort(experts: int) -> Callable[[Any], Any]:
+    return lambda module: module._sort_triton(torch.zeros(1024, 8, dtype=torch.int64), experts, None)
 
 
 def _swiglu(module: Any) -> Any:
@@ -97,10 +101,27 @@ CASES: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "wgrad-fp32": ("gemm", "grouped_wgrad_kernel", _wgrad(torch.float32)),
     "route-greedy": ("routing_forward", "topk_route_kernel", _route(128, 8, "softmax", "greedy", 1, 1)),
     "route-noaux-tc": ("routing_forward", "topk_route_kernel", _route(256, 8, "sigmoid", "noaux_tc", 8, 4)),
-    "route-chosen": ("routing_forward", "topk_route_kernel", _route_chosen),
-    "route-backward": ("routing_backward", "topk_route_backward_kernel", _route_backward),
-    "histogram": ("dispatch", "expert_histogram_kernel", _sort),
-    "scatter": ("dispatch", "scatter_rows_kernel", _sort),
+    "route-chosen": ("routing_forward", "topk_route_kernel", _route(256, 8, "sigmoid", "noaux_tc", 8, 4, chosen=True)),
+    "route-statistics": (
+        "routing_forward",
+        "topk_route_kernel",
+        _route(256, 8, "sigmoid", "noaux_tc", 1, 1, statistics=True),
+    ),
+    "route-groups-statistics": (
+        "routing_forward",
+        "topk_route_kernel",
+        _route(256, 8, "sigmoid", "noaux_tc", 8, 4, statistics=True),
+    ),
+    "route-512": (
+        "routing_forward",
+        "topk_route_kernel",
+        _route(512, 10, "softmax", "noaux_tc", 1, 1, statistics=True),
+    ),
+    "route-backward": ("routing_backward", "topk_route_backward_kernel", _route_backward(256)),
+    "route-backward-512": ("routing_backward", "topk_route_backward_kernel", _route_backward(512)),
+    "histogram": ("dispatch", "expert_histogram_kernel", _sort(512)),
+    "scan": ("dispatch", "scan_histogram_kernel", _sort(512)),
+    "scatter": ("dispatch", "scatter_rows_kernel", _sort(512)),
     "swiglu": ("swiglu", "swiglu_kernel", _swiglu),
     "swiglu-backward": ("swiglu", "swiglu_backward_kernel", _swiglu_backward),
     "combine": ("combine", "sum_slots_kernel", _combine),

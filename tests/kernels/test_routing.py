@@ -23,6 +23,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "group-top2": (63, 24, {"top_k": 6, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2}),
     "group-all-kept": (7, 12, {"top_k": 4, "topk_method": "noaux_tc", "n_group": 3, "topk_group": 3}),
     "group-filled": (7, 12, {"top_k": 6, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2}),
+    "many-experts": (5, 512, {"top_k": 10, "score_func": "softmax"}),
     "groups-of-one": (7, 6, {"top_k": 2, "topk_method": "noaux_tc", "n_group": 6, "topk_group": 3}),
 }
 
@@ -120,6 +121,18 @@ def test_large_tie_heavy_rows(place: Any) -> None:
     assert torch.equal(out.topk_index_TK.cpu(), choose(out.scores_TE, None, {"top_k": 8}))
 
 
+def test_all_tokens_on_one_expert_and_skewed_loads(place: Any) -> None:
+    """Load is counted exactly across programs, however many tokens one expert has."""
+    n_tokens = 300
+    zipf = torch.multinomial(1 / torch.arange(1.0, 13.0), n_tokens, replacement=True)
+    for favourite in (torch.zeros(n_tokens, dtype=torch.int64), zipf):
+        logits = torch.randn(n_tokens, 12).scatter_(1, favourite.unsqueeze(1), 9.0).to(place.device)
+        out = topk_route(logits, top_k=2, backend=place.backend)
+        assert torch.equal(out.topk_index_TK[:, 0].cpu(), favourite)
+        counts = torch.bincount(out.topk_index_TK.flatten().cpu(), minlength=12)
+        assert out.tokens_per_expert_E.tolist() == counts.tolist()
+
+
 def test_losing_groups_never_win_with_negative_biases(place: Any) -> None:
     """Losers are masked with -inf, not zero: every biased score is negative here."""
     logits = torch.tensor([[0.0, 0, 0, 0, 9, 9]], device=place.device)
@@ -161,7 +174,7 @@ def test_no_tokens_and_strided_logits(place: Any) -> None:
     out = topk_route(torch.empty(0, 6, device=place.device), top_k=2, backend=place.backend)
     assert out.topk_index_TK.shape == (0, 2)
     assert out.tokens_per_expert_E.tolist() == [0] * 6
-    logits = torch.randn(6, 5, device=place.device)
+    logits = torch.randn(6, 5, device=place.device).to(place.dtype)
     strided = topk_route(logits.t(), top_k=2, backend=place.backend)
     plain = topk_route(logits.t().contiguous(), top_k=2, backend=place.backend)
     assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
@@ -189,11 +202,13 @@ def test_wrong_arguments_name_value_and_mend(arguments: dict[str, Any], words: s
 
 def test_library_op_is_well_formed() -> None:
     """Schema, fake implementation and autograd registration agree, with and without a bias."""
-    logits = torch.randn(5, 8, requires_grad=True)
-    op = torch.ops.moe_kernels.topk_route.default
-    torch.library.opcheck(op, (logits, torch.randn(8), None, 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, "torch"))
+    logits, bias = torch.randn(5, 8, requires_grad=True), torch.randn(8)
     chosen = torch.rand(logits.shape).argsort(-1)[:, :2].contiguous()
-    torch.library.opcheck(op, (logits, None, chosen, 2, "softmax", "greedy", 1, 1, False, 1.0, "torch"))
+    for given in (
+        (bias, None, None, 2, "sigmoid", "noaux_tc", 4, 2, True, 2.5, False, 0),
+        (None, chosen, None, 2, "softmax", "greedy", 1, 1, False, 1.0, False, 0),
+    ):
+        torch.library.opcheck(torch.ops.moe_kernels.topk_route.default, (logits, *given, "torch"))
 
 
 def test_compiles_as_one_graph() -> None:

@@ -1,10 +1,13 @@
 """Balancing: the update is the paper's, happens once a step over the whole batch, and never in evaluation."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe.balance import entropy, max_vio, sign_update
+from moe.balance import entropy, max_vio, quantile_update, sign_update
 from moe.balancer import Balancer, LoadCounter, find_routers
 from moe.errors import ConfigError
 from moe.layers import MoE
@@ -21,6 +24,47 @@ def test_sign_update_is_the_papers() -> None:
     bias = torch.tensor([0.0, 1.0, -1.0, 2.0])
     moved = sign_update(bias, torch.tensor([5, 1, 3, 3]), 0.25)
     assert moved.tolist() == [-0.25, 1.25, -1.0, 2.0]
+
+
+def test_sign_update_compares_whole_numbers() -> None:
+    """One row more or less of 10^12 is seen, where fp32 has 24 bits."""
+    load = 10**12 + torch.tensor([0, 1, -1, 0])
+    assert sign_update(torch.zeros(4), load, 1.0).tolist() == [0.0, -1.0, 1.0, 0.0]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute something: on a GPU, kernels launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = ("view", "detach", "unbind", "split", "select", "slice", "expand", "unsqueeze", "alias", "empty")
+        self.count += not any(word in func.__name__ for word in views)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["sign", "quantile"])
+def test_a_step_of_many_layers_launches_little_more_than_one_of_few(method: str) -> None:
+    """Layers of one width move together, to the bit as each would alone; telemetry has two launches a layer left."""
+    launches = {}
+    for layers in (3, 12):
+        torch.manual_seed(0)
+        model = nn.ModuleList([_layer(n_routed_experts=6 if n == 1 else 8) for n in range(layers)])
+        balancer = Balancer(model, method=method, bias_update_speed=0.01)
+        want = []
+        for layer in model:
+            nn.init.normal_(layer.router.expert_bias, std=0.1)
+            counts, bias = layer.router(torch.randn(30, 16)).tokens_per_expert_E, layer.router.expert_bias
+            margins = layer.router.margin_histogram
+            want.append(sign_update(bias, counts, 0.01) if margins is None else quantile_update(bias, margins, 2))
+        with Launches() as counted:
+            balancer.step()
+        launches[layers] = counted.count
+        for layer, bias in zip(model, want, strict=True):
+            assert torch.equal(layer.router.expert_bias, bias)
+    assert launches[12] - launches[3] <= 2 * 9
 
 
 def test_max_vio_and_entropy() -> None:
