@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-__all__ = ["Compiled", "compile_launch", "identity"]
+__all__ = ["Compiled", "compile_launch", "fits", "identity"]
 
-REGISTERS, THREADS, BLOCKS, SHARED_RESERVED = 65536, {80: 2048, 90: 2048, 100: 2048}, 32, 1024
+REGISTERS, WARPS, BLOCKS, SHARED_RESERVED = 65536, 64, 32, 1024  # of a multiprocessor; bytes reserved a block
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 PRODUCTS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05", "HMMA": "mma"}  # SASS -> unit
 
@@ -67,7 +67,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
 def identity(launch: Launch, arch: int) -> str:
     """Equal for launches that are one and the same compiled kernel."""
     source, options = _specialised(launch, GPUTarget("cuda", arch, 32))
-    told = {name: value for name, value in options.items() if name in ("num_warps", "num_stages", "num_ctas", "maxnreg")}
+    told = {name: options[name] for name in OPTIONS}
     return hashlib.sha256(f"{launch.name} {source.hash()} {json.dumps(told)} {arch}".encode()).hexdigest()
 
 
@@ -84,10 +84,9 @@ def _specialised(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str
 
 def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     """By registers (given out to warps 256 at a time), shared memory, threads and blocks of a multiprocessor."""
-    most = THREADS[arch] // 32
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // warps
     by_shared = SHARED_PER_PROCESSOR[arch] // (shared + SHARED_RESERVED)
-    return min(by_registers, by_shared, most // warps, BLOCKS) * warps / most
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
 
 
 def fits(compiled: Compiled, arch: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the kernels' launchers would launch on a GPU that is not there: public calls on tensors without memory, recorded.
+"""What the kernels' launchers would launch on a GPU that is not there: public calls on tensors without memory.
 
 Tensors are torch's meta tensors, so the goal shapes cost nothing; while recording they say that they lie on a CUDA
 device of the architecture asked for, the library ops run their real implementations, and Triton keeps what it is told
@@ -20,10 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-import moe_kernels.selfcheck  # so that every op is registered
 from moe_kernels import backend
 
-__all__ = ["Glue", "Launch", "described", "record"]
+__all__ = ["DEVICES", "OPTIONS", "Glue", "Launch", "described", "record"]
 
 # (multiprocessors, shared memory a block may have) of A100, H200, B200
 DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
@@ -181,7 +180,7 @@ def described(launch: Launch) -> str:
     """`BM=128 BN=128 … warps 8 stages 3`, without what is off."""
     words = {"num_warps": "warps", "num_stages": "stages", "num_ctas": "ctas"}
     return " ".join(
-        f"{words[name]} {value}" if name in words else f"{name}={value:d}" if isinstance(value, bool) else f"{name}={value}"
+        f"{words[name]} {value}" if name in words else f"{name}={int(value) if value is True else value}"
         for name, value in launch.configuration.items()
         if value not in (None, False, "", 0)
     )  # fmt: skip
