@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from kernel_launches import DEVICES, Launch
+from kernel_launches import DEVICES, OPTIONS, Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-__all__ = ["Compiled", "compile_launch", "fits", "identity"]
+__all__ = ["Compiled", "compile_launch", "declared_partitions", "fits", "identity"]
 
 REGISTERS, WARPS, BLOCKS, SHARED_RESERVED = 65536, 64, 32, 1024  # of a multiprocessor; bytes reserved a block
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -87,6 +87,14 @@ def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // warps
     by_shared = SHARED_PER_PROCESSOR[arch] // (shared + SHARED_RESERVED)
     return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+
+
+def declared_partitions(launch: Launch) -> bool:
+    """Whether the kernel asks for warp specialisation in this launch, by its own text."""
+    asked = re.search(r"warp_specialize\s*=\s*(\w+)|\b\w+\.warp_specialize\(", launch.kernel.src)
+    if asked is None:
+        return False
+    return asked[1] in (None, "True") or bool(launch.values.get(asked[1]))
 
 
 def fits(compiled: Compiled, arch: int) -> bool:

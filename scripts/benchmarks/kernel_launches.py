@@ -182,5 +182,5 @@ def described(launch: Launch) -> str:
     return " ".join(
         f"{words[name]} {value}" if name in words else f"{name}={int(value) if value is True else value}"
         for name, value in launch.configuration.items()
-        if value not in (None, False, "", 0)
+        if value not in (None, False, "", 0) and not isinstance(value, float)
     )  # fmt: skip
