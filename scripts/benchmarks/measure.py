@@ -19,16 +19,27 @@ __all__ = ["Times", "hardware", "note", "paired_ratio", "print_line", "race"]
 Times = dict[str, list[float]]
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
+WARM_UP = 2
 SLOW, SLOW_ROUNDS = 6.0, 3  # what takes so many times the fastest's time is timed in so many rounds only
 
 
-def race(work: Mapping[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2) -> Times:
-    """Milliseconds by name: one round after another, everyone in turn."""
+def race(
+    work: Mapping[str, Callable[[], object]], device: str, rounds: int, fresh: Callable[[], object] = lambda: None
+) -> Times:
+    """Milliseconds by name: one round after another, everyone in turn; two rounds of warm-up.
+
+    fresh: called before each round, to make the batch that all of it shares.
+    """
     timer = _GpuTimer() if device == "cuda" else _CpuTimer()
-    first = {name: [timer.once(run) for _ in range(warm_up)] for name, run in work.items()}
+    first: Times = {name: [] for name in work}
+    for _ in range(WARM_UP):
+        fresh()
+        for name, run in work.items():
+            first[name].append(timer.once(run))
     fastest = min(min(times) for times in first.values())
     times: Times = {name: [] for name in work}
     for number in range(rounds):
+        fresh()
         for name, run in work.items():
             if number < SLOW_ROUNDS or min(first[name]) <= SLOW * fastest:
                 times[name].append(timer.once(run))
