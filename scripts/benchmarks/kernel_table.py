@@ -18,8 +18,8 @@ import torch
 import triton
 from kernel_cases import GPU
 from kernel_compile import Compiled, compile_launch, identity
-from kernel_launches import DEVICES, Glue, Launch, described, record
-from kernel_work import WORK
+from kernel_launches import Glue, Launch, described, record
+from kernel_work import WORK, architectures
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "results" / "kernels-compiled.md"
@@ -96,8 +96,8 @@ def main(words: list[str] | None = None) -> None:
     options = parser.parse_args(words)
     kernels: dict[str, tuple[str, Compiled]] = {}  # by identity: the line's first cells, and what came of it
     units: dict[str, str] = {}
-    for arch in DEVICES:
-        for name in options.work:
+    for name in options.work:
+        for arch in architectures(name):
             for launch in launches(name, arch):
                 key = identity(launch, arch)
                 if key not in kernels:

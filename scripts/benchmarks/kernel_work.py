@@ -1,8 +1,8 @@
 """Calls of the public ops that together launch every kernel at every configuration: what is compiled and predicted.
 
 The shapes of `kernel_cases.py`, forward and backward with the router before the experts, then what they leave out:
-fp32, sizes that no vector load fits, routing by groups or with choices given, an op by itself. To be called while
-launches are recorded, when tensors have no memory.
+fp32, few rows an expert, sizes that no vector load fits, routing by groups or with choices given, an op by itself. To
+be called while launches are recorded, when tensors have no memory.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kernels import expert_mlp, grouped_gemm, sort_by_expert, topk_route
 
-__all__ = ["WORK"]
+__all__ = ["WORK", "architectures"]
 
 Work = Callable[[], object]
 
@@ -73,11 +73,29 @@ WORK: dict[str, Work] = {
     **{f"{name}/inference": _layer(case, backward=False) for name, case in GPU.items()},
     "fp32": _layer(Case(2048, 1024, 512, 16, 4, torch.float32)),
     "odd": _layer(Case(1001, 1002, 345, 12, 3)),
+    "64-rows-an-expert": _layer(Case(1024, 2048, 768, 128, 8)),
+    "4-rows-an-expert": _layer(Case(64, 2048, 768, 128, 8)),
+    "fp32/4-rows-an-expert": _layer(Case(64, 1024, 512, 64, 4, torch.float32)),
+    "odd/4-rows-an-expert": _layer(Case(64, 1002, 345, 64, 4)),
     "route-noaux-tc": _route(256, 8, "noaux_tc", 8, 4),
     "route-group-limited": _route(160, 6, "group_limited_greedy", 8, 3),
     "route-given": _route(256, 8, "noaux_tc", 8, 4, chosen=True),
     "route-512": _route(512, 10, "greedy", 1, 1),
     "sort": _sort(512),
-    "gemm-bf16": _gemm(torch.bfloat16, 65536, 2048, 1024),
     "gemm-fp32": _gemm(torch.float32, 65536, 2048, 1024),
 }
+
+# Other numbers in the same configurations, which one architecture is enough for: a compilation takes half a second.
+_HOPPER = {
+    "deepseek-v3-rank",
+    "olmoe",
+    "fp32/4-rows-an-expert",
+    "odd/4-rows-an-expert",
+    "route-512",
+    "route-group-limited",
+}
+
+
+def architectures(name: str) -> tuple[int, ...]:
+    """Compute capabilities, times ten, that a piece of work is compiled for."""
+    return (90,) if name.removesuffix("/inference") in _HOPPER else (80, 90, 100)
