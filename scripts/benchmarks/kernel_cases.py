@@ -82,7 +82,7 @@ class Inputs:
         self.case, self.device = case, device
         x = normal(case.tokens, case.model)
         x[:, -1] = 1
-        router = normal(case.experts, case.model, scale=case.model**-0.5)
+        router = torch.nn.functional.normalize(normal(case.experts, case.model))  # a longer row is chosen more often
         router[:, -1] = normal(case.experts, scale=ROUTINGS[routing])
         self.x, self.router = x.requires_grad_(), router.requires_grad_()
         self.gate_up = normal(case.experts, 2 * case.hidden, case.model, scale=case.model**-0.5).requires_grad_()

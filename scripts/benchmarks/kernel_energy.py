@@ -37,15 +37,18 @@ def joules_per_call(run: Callable[[], object], seconds: float) -> Energy:
         calls += 1
     batch = max(1, int(BATCH_S * calls / (time.perf_counter() - start)))
     calls = 0
-    with EnergyMeter() as meter, meter.window("calls") as window:
-        start, clock_mhz = time.perf_counter(), None
-        while time.perf_counter() - start < seconds:
-            for _ in range(batch):
-                run()
-            clock_mhz = _clock_mhz()  # while the device is at work
-            _wait()
-            calls += batch
-    energy_j = window.energy_j or 0.0
+    with EnergyMeter() as meter:
+        with meter.window("calls") as window:
+            start, clock_mhz = time.perf_counter(), None
+            while time.perf_counter() - start < seconds:
+                for _ in range(batch):
+                    run()
+                clock_mhz = _clock_mhz()  # while the device is at work
+                _wait()
+                calls += batch
+        energy_j = window.energy_j  # the meter still reads, and finds the counter's next tick
+    if energy_j is None:
+        raise SystemExit(f"no energy could be read from {window.source}: nothing is told")
     return Energy(
         energy_j / calls, energy_j / window.elapsed_s, clock_mhz, calls, round(window.elapsed_s, 3),
         window.band_j or 0.0, window.source, window.scope,

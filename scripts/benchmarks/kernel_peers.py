@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kernel_cases import Case, Inputs
+from measure import note
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
@@ -66,14 +67,21 @@ def find_peers(inputs: Inputs) -> dict[str, Contender]:
     found = {"torch grouped_mm": Contender(lambda: grouped_mm_experts(*given), i.leaves)}
     if cuda:
         found["torch reference"] = ours(inputs, "torch")
-    if _have("transformers"):
-        found |= {f"transformers {name}": _transformers(inputs, name) for name in _transformers_names(inputs.case)}
-    if cuda and _have("liger_kernel"):
-        found["Liger"] = _liger(inputs)
-    if cuda and _have("scattermoe"):
-        found["ScatterMoE"] = _scattermoe(inputs)
-    if cuda and _have("sonicmoe"):
-        found["SonicMoE"] = _sonicmoe(inputs)
+    makers: dict[str, tuple[str, Callable[[], Contender]]] = {
+        f"transformers {name}": ("transformers", lambda name=name: _transformers(inputs, name))  # type: ignore[misc]
+        for name in _transformers_names(inputs.case)
+    }
+    if cuda:
+        makers["Liger"] = "liger_kernel", lambda: _liger(inputs)
+        makers["ScatterMoE"] = "scattermoe", lambda: _scattermoe(inputs)
+        makers["SonicMoE"] = "sonicmoe", lambda: _sonicmoe(inputs)
+    for name, (module, make) in makers.items():
+        if not _have(module):
+            continue
+        try:
+            found[name] = make()
+        except Exception as failure:  # another version, or what it needs is missing
+            note(f"{name} is left out: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
     return found
 
 
