@@ -5,30 +5,30 @@ batch that all of them share; numbers are medians over the rounds, on two thread
 
     fp32      both sides fp32, with the same head and loss; fp32-shipped: transformers with its own head and loss
     fastest   each side in the precision that is fastest for it; likewise fastest-shipped
-    dense     tokens per second of the mixture over those of its dense twin; dense-layer: one feed-forward layer
+    dense     tokens per second of the mixture over those of its dense twin
     meter     share of the wall time that metering a training loop takes
 
 The floor is the step's operations at the rate of its own matrix products, measured in the same process.
 """
 
 import argparse
+import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from step_parts import parts_ms, product_rate, train_layer
+from measure import Times, hardware, race
+from step_parts import parts_ms, product_rate
 from torch import Tensor
 from training_sides import Ours, Side, Theirs
 
 from moe import ModelConfig, accounting
 from moe.energy import EnergyMeter
-from moe.layers import FeedForward
 from moe.model import Transformer
 
 CONFIG = ModelConfig(
@@ -64,7 +64,7 @@ class Bench:
             twin = config.dense_twin(match="active")
             self.sides |= {f"dense {p}": Ours(twin, p) for p in ("fp32", "bf16")}
         self.rates: dict[str, float] = {}
-        self.times: dict[str, list[float]] = {}
+        self.times: Times = {}  # milliseconds
 
     def lines(self) -> Lines:
         """Agree, time, then everything that is printed."""
@@ -72,7 +72,7 @@ class Bench:
         for name in ("fp32", "bf16"):
             dtype = torch.float32 if name == "fp32" else torch.bfloat16
             self.rates[name] = product_rate(self.config, self.tokens, dtype)
-        self.times = self._race({name: side.step for name, side in self.sides.items()})
+        self.times = self._race(self.sides)
         found: Lines = []
         if "fp32" in self.cases:
             found += [self._against("fp32", "ours fp32", "theirs fp32")]
@@ -82,8 +82,7 @@ class Bench:
             found += [self._against("fastest", mine, self._fastest("theirs"))]
             found += [self._against("fastest-shipped", mine, self._fastest("shipped"))]
         if "dense" in self.cases:
-            for precision in ("fp32", "bf16"):
-                found += [self._against_dense(precision), self._layer(precision)]
+            found += [self._against_dense(precision) for precision in ("fp32", "bf16")]
         return found
 
     def _ids(self, seed: int) -> Tensor:
@@ -98,29 +97,23 @@ class Bench:
             if not name.startswith("dense") and not difference <= AGREE[side.precision]:
                 raise SystemExit(f"bench cpu-train: losses of {name} and ours differ by {difference:.1e}; no timing")
 
-    def _race(self, work: dict[str, Callable[[Tensor], object]]) -> dict[str, list[float]]:
-        """Seconds by name: one round after another, everyone in turn; two rounds of warm-up."""
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for number in range(-2, self.rounds):
-            ids = self._ids(number + 3)
-            for name, run in work.items():
-                start = time.perf_counter()
-                run(ids)
-                if number >= 0:
-                    times[name].append(time.perf_counter() - start)
-        return times
+    def _race(self, sides: Sides) -> Times:
+        """Milliseconds of each side's step, everyone on the batch of the round."""
+        batches = itertools.count(1)
+        ids = self._ids(0)
+        work = {name: lambda side=side: side.step(ids) for name, side in sides.items()}
+        return race(work, "cpu", self.rounds, fresh=lambda: ids.copy_(self._ids(next(batches))))
 
     def _median_s(self, name: str) -> float:
-        return statistics.median(self.times[name])
+        return statistics.median(self.times[name]) / 1e3
 
     def _fastest(self, side: str) -> str:
         return min((name for name in self.times if name.startswith(side)), key=self._median_s)
 
     def _experts_ms(self, first: Ours) -> dict[str, float]:
         """A step by transformers' ways to compute experts on a CPU; the batched one needs a weight for every token."""
-        sides = {name: Theirs(first, "fp32", name, same_head=True) for name in ("grouped_mm", "eager")}
-        times = self._race({name: side.step for name, side in sides.items()})
-        return {name: round(1e3 * min(times[name]), 1) for name in sides}
+        sides: Sides = {name: Theirs(first, "fp32", name, same_head=True) for name in ("grouped_mm", "eager")}
+        return {name: round(min(taken), 1) for name, taken in self._race(sides).items()}
 
     def _floor_s(self, precision: str) -> float:
         rate = self.rates["fp32" if precision == "fp32" else "bf16"]
@@ -138,7 +131,7 @@ class Bench:
             "peer_head": "its own" if other.startswith("shipped") else "ours", "compile": False,
             "peer_experts_ms": self.experts_ms,
             "all_ms": {name: round(1e3 * self._median_s(name), 1) for name in self.times},
-            "spread_ms": {name: [round(1e3 * f(self.times[name]), 1) for f in (min, max)] for name in (mine, other)},
+            "spread_ms": {name: [round(f(self.times[name]), 1) for f in (min, max)] for name in (mine, other)},
             "parts_ms": parts, "transformers": transformers.__version__,
         }  # fmt: skip
         experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
@@ -154,26 +147,6 @@ class Bench:
                 "twin_residual": accounting.twin_residual(self.config, twin)}  # fmt: skip
         peer_name = "our dense twin of equal active parameters"
         return self._line(f"dense/{precision}", ours, peer, peer_name, "tokens per s", ours / peer, floor, more)
-
-    def _layer(self, precision: str) -> dict[str, object]:
-        """One routed feed-forward against a dense one of the same operations, forward and backward."""
-        side = self.sides[f"ours {precision}"]
-        assert isinstance(side.model, Transformer)
-        layer = side.model.layers[-1].mlp
-        dense = FeedForward(self.config.hidden_size, self.config.active_width)
-        x = torch.randn(self.tokens, self.config.hidden_size)
-        bf16 = precision == "bf16"
-        runs = {"ours": train_layer(layer, x, bf16), "dense": train_layer(dense, x, bf16)}
-        times = self._race({name: lambda _, run=run: run() for name, run in runs.items()})
-        layer.router.forget()
-        ours, peer = statistics.median(times["ours"]), statistics.median(times["dense"])
-        operations = 18 * self.tokens * self.config.hidden_size * self.config.active_width
-        peer_name = f"dense SwiGLU of width {self.config.active_width}"
-        floor = operations / self.rates[precision] / ours
-        return self._line(
-            f"dense-layer/{precision}", ours * 1e3, peer * 1e3, peer_name, "ms forward and backward", peer / ours,
-            floor, {"precision": precision},
-        )  # fmt: skip
 
     def meter(self) -> dict[str, object]:
         """A metered loop of real steps, called as `moe.trainer.loop` calls: three phases, progress, and a snapshot."""
@@ -212,9 +185,8 @@ class Bench:
                 name: round(rate / 1e9, 1) for name, rate in self.rates.items()
             }, "torch": torch.__version__, **more,
         }  # fmt: skip
-        hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         return {"bench": "cpu-train", "case": case, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": unit,
-                "ratio": ratio, "floor_fraction": floor, "hardware": hardware, "config": config}  # fmt: skip
+                "ratio": ratio, "floor_fraction": floor, "hardware": hardware(), "config": config}  # fmt: skip
 
 
 def main(

@@ -44,8 +44,9 @@ PLANS = (
     PartPlan("environment", 45, 10),
     PartPlan("nvml_probe", 150, 45),
     PartPlan("kernels", 160, 30),
-    PartPlan("bench_expert_mlp", 90, 25),
+    PartPlan("bench_kernels", 300, 60),
     PartPlan("metered_runs", 190, 80),
+    PartPlan("kernel_energy", 120, 60),
 )
 
 
@@ -229,7 +230,7 @@ def main(words: Sequence[str] | None = None) -> int:
     names = [plan.name for plan in PLANS]
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_check", usage="scripts/gpu_check [--out DIR] [--minutes M] [--only PART …] [--dry-run]",
-        description="Measure this GPU machine: sensors, kernels, benchmark, two metered training runs.",
+        description="Measure this GPU machine: sensors, kernels, benchmark, two metered training runs, joules.",
     )  # fmt: skip
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = ROOT / "runs" / "gpu_check" / stamp

@@ -1,0 +1,152 @@
+"""A routed MoE layer on a CPU, forward and backward: against a dense MLP of the same operations, and transformers.
+
+    scripts/bench cpu-layer [--case NAME …] [--rounds N]
+
+The layer is router and experts, softmax scores, no shared expert; every round has a fresh batch, so loads differ from
+round to round as in training. Peers: a dense SwiGLU as wide as the K experts of a token, without routing; and
+transformers' Qwen3-MoE block with the same weights, by the fastest of its implementations and precisions. Outputs of
+the same weights must agree before anything is timed. Everyone runs in turn on two threads; ratios are medians of those
+of each round. The floor is one matrix product of the same operations, timed in the same rounds.
+
+bf16 is autocast over fp32 weights on all sides; transformers may also hold its weights in bf16.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from measure import hardware, paired_ratio, print_line, race
+from step_parts import train_layer
+from torch import Tensor, nn
+
+from moe.layers import FeedForward, MoE
+
+THREADS = 2
+AGREE = {"fp32": 1e-5, "bf16": 2e-2}  # norm of the difference over the norm
+IMPLEMENTATIONS = ("grouped_mm", "eager")  # the batched one copies a weight for every row
+
+
+class Case(NamedTuple):
+    """T tokens, D model, F hidden, E experts, K top-k."""
+
+    precision: str
+    tokens: int
+    model: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products, forward and backward."""
+        return 18 * self.tokens * self.top_k * self.model * self.hidden
+
+
+CASES = {
+    "fp32/16": Case("fp32", 2048, 256, 128, 16, 6),
+    "fp32/64": Case("fp32", 2048, 256, 128, 64, 6),
+    "bf16/16": Case("bf16", 2048, 256, 128, 16, 6),
+    "bf16/64": Case("bf16", 4096, 512, 256, 64, 6),  # 384 tokens an expert
+    "small-bf16/64": Case("bf16", 2048, 256, 128, 64, 6),  # 192 tokens an expert
+}
+
+
+class Block(nn.Module):
+    """transformers' block on (T, D), with the weights of `ours`."""
+
+    def __init__(self, ours: MoE, case: Case, implementation: str, dtype: torch.dtype) -> None:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+        super().__init__()
+        config = Qwen3MoeConfig(
+            hidden_size=case.model, moe_intermediate_size=case.hidden, num_experts=case.experts,
+            num_experts_per_tok=case.top_k, norm_topk_prob=True,
+        )  # fmt: skip
+        config._experts_implementation = implementation
+        self.block = Qwen3MoeSparseMoeBlock(config)
+        with torch.no_grad():
+            self.block.gate.weight.copy_(ours.router.weight)
+            self.block.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
+            self.block.experts.down_proj.copy_(ours.experts.down_proj)
+        self.block.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x.to(self.dtype)[None])[0]
+
+
+def run(name: str, case: Case, rounds: int) -> None:
+    """Agree, time, print one line a peer."""
+    torch.manual_seed(0)
+    bf16 = case.precision == "bf16"
+    x = torch.randn(case.tokens, case.model)
+    layer = MoE(
+        case.model, case.experts, case.top_k, case.hidden, score_func="softmax", topk_method="greedy"
+    )  # fmt: skip
+    dtypes = {"": torch.float32, **({" in bf16": torch.bfloat16} if bf16 else {})}
+    theirs = {
+        f"transformers {how}{word}": Block(layer, case, how, dtype)
+        for how in IMPLEMENTATIONS
+        for word, dtype in dtypes.items()
+    }
+    check(name, case, layer, theirs, x)
+    work: dict[str, Callable[[], object]] = {"ours": train_layer(layer, x, bf16)}
+    work["dense MLP"] = train_layer(FeedForward(case.model, case.top_k * case.hidden), x, bf16)
+    for peer, block in theirs.items():
+        work[peer] = train_layer(block, x, bf16 and block.dtype == torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    wide = torch.randn(case.model, 9 * case.top_k * case.hidden).to(dtype)
+    rows = x.to(dtype)
+    work["floor"] = lambda: rows @ wide
+    times = race(work, "cpu", rounds, fresh=x.normal_)
+    layer.router.forget()
+    medians = {peer: statistics.median(taken) for peer, taken in times.items()}
+    fastest = min(theirs, key=medians.__getitem__)
+    config = {
+        **case._asdict(), "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__,
+        "score_func": "softmax", "flops": case.flops, "transformers": _transformers_version(),
+        "floor_gflop_per_s": round(case.flops / medians["floor"] / 1e6, 1),
+        "all_ms": {peer: round(ms, 3) for peer, ms in medians.items()},
+        "spread_ms": {peer: [round(min(taken), 3), round(max(taken), 3)] for peer, taken in times.items()},
+    }  # fmt: skip
+    for kind, peer in (("dense", "dense MLP"), ("transformers", fastest)):
+        print_line(
+            "cpu-layer", f"{name}/{kind}", ours=medians["ours"], peer=medians[peer], peer_name=peer,
+            unit="ms forward and backward", ratio=paired_ratio(times, "ours", peer),
+            floor_fraction=paired_ratio(times, "ours", "floor"), hardware=hardware(), config=config,
+        )  # fmt: skip
+
+
+def check(name: str, case: Case, layer: MoE, theirs: dict[str, Block], x: Tensor) -> None:
+    """Raises SystemExit unless all give our outputs in fp32; tokens near a tie may go elsewhere in bf16."""
+    want = layer(x)
+    for peer, block in theirs.items():
+        bound = AGREE["fp32" if block.dtype == torch.float32 else "bf16"]
+        error = (want - block(x)).float().norm(dim=-1).div(want.norm(dim=-1).mean()).median().item()
+        if not error <= bound:
+            raise SystemExit(f"bench cpu-layer {name}: {peer} is off by {error:.1e}, allowed {bound:.0e}; no timing")
+    layer.router.forget()
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__
+
+
+def main(words: list[str] | None = None, cases: dict[str, Case] = CASES) -> None:
+    """Command line; the tests give it smaller cases."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", nargs="*", choices=cases, default=list(cases))
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(words)
+    torch.set_num_threads(THREADS)
+    for name in options.case:
+        run(name, cases[name], options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Calls of the public ops that together launch every kernel at every configuration: what is compiled and predicted.
+
+The shapes of `kernel_cases.py`, forward and backward with the router before the experts, then what they leave out:
+fp32, few rows an expert, sizes that no vector load fits, routing by groups or with choices given, an op by itself. To
+be called while launches are recorded, when tensors have no memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+from kernel_cases import GPU, Case
+from torch import Tensor
+
+from moe_kernels import expert_mlp, grouped_gemm, sort_by_expert, topk_route
+
+__all__ = ["WORK", "architectures"]
+
+Work = Callable[[], object]
+
+
+def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda").requires_grad_()
+
+
+def _layer(case: Case, backward: bool = True) -> Work:
+    """Logits to y, and from dy back to the gradients of logits, x and weights."""
+
+    def run() -> None:
+        logits = _leaf(case.tokens, case.experts)
+        x = _leaf(case.tokens, case.model, dtype=case.dtype)
+        gate_up = _leaf(case.experts, 2 * case.hidden, case.model, dtype=case.dtype)
+        down = _leaf(case.experts, case.model, case.hidden, dtype=case.dtype)
+        with torch.set_grad_enabled(backward):
+            index, weight, _, counts = topk_route(logits, top_k=case.top_k, score_func="softmax")
+            y = expert_mlp(x, gate_up, down, index, weight, tokens_per_expert=counts)
+        if backward:
+            torch.autograd.grad(y, [logits, x, gate_up, down], torch.empty_like(y))
+
+    return run
+
+
+def _route(experts: int, top_k: int, method: str, n_group: int, topk_group: int, chosen: bool = False) -> Work:
+    """Sigmoid scores with a bias, as DeepSeek-V3 routes; gradients of weights and scores."""
+
+    def run() -> None:
+        logits, bias = _leaf(8192, experts), torch.empty(experts, device="cuda")
+        given = torch.empty(8192, top_k, dtype=torch.int64, device="cuda") if chosen else None
+        route = topk_route(
+            logits, bias, top_k=top_k, topk_method=method, n_group=n_group, topk_group=topk_group,
+            routed_scaling_factor=2.5, chosen_TK=given,
+        )  # fmt: skip
+        gradients = [torch.empty_like(route.topk_weight_TK), torch.empty_like(route.scores_TE)]
+        torch.autograd.grad([route.topk_weight_TK, route.scores_TE], logits, gradients)
+
+    return run
+
+
+def _sort(experts: int) -> Work:
+    return lambda: sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="cuda"), experts)
+
+
+def _gemm(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Work:
+    def run() -> None:
+        x, w = _leaf(rows, inputs, dtype=dtype), _leaf(64, outputs, inputs, dtype=dtype)
+        y = grouped_gemm(x, w, torch.empty(65, dtype=torch.int32, device="cuda"))
+        torch.autograd.grad(y, [x, w], torch.empty_like(y))
+
+    return run
+
+
+WORK: dict[str, Work] = {
+    **{name: _layer(case) for name, case in GPU.items()},
+    **{f"{name}/inference": _layer(case, backward=False) for name, case in GPU.items()},
+    "fp32": _layer(Case(2048, 1024, 512, 16, 4, torch.float32)),
+    "odd": _layer(Case(1001, 1002, 345, 12, 3)),
+    "64-rows-an-expert": _layer(Case(1024, 2048, 768, 128, 8)),
+    "4-rows-an-expert": _layer(Case(64, 2048, 768, 128, 8)),
+    "fp32/4-rows-an-expert": _layer(Case(64, 1024, 512, 64, 4, torch.float32)),
+    "odd/4-rows-an-expert": _layer(Case(64, 1002, 345, 64, 4)),
+    "route-noaux-tc": _route(256, 8, "noaux_tc", 8, 4),
+    "route-group-limited": _route(160, 6, "group_limited_greedy", 8, 3),
+    "route-given": _route(256, 8, "noaux_tc", 8, 4, chosen=True),
+    "route-512": _route(512, 10, "greedy", 1, 1),
+    "sort": _sort(512),
+    "gemm-fp32": _gemm(torch.float32, 65536, 2048, 1024),
+}
+
+# Other numbers in the same configurations, which one architecture is enough for: a compilation takes half a second.
+_HOPPER = {
+    "deepseek-v3-rank",
+    "olmoe",
+    "fp32/4-rows-an-expert",
+    "odd/4-rows-an-expert",
+    "route-512",
+    "route-group-limited",
+}
+
+
+def architectures(name: str) -> tuple[int, ...]:
+    """Compute capabilities, times ten, that a piece of work is compiled for."""
+    return (90,) if name.removesuffix("/inference") in _HOPPER else (80, 90, 100)
