@@ -2,13 +2,13 @@
 
 A table and no autotuner: tuning at run time times candidates, hence waits for the device in the first steps, and two
 ranks may choose differently, whose sums then differ in the last bit. The reasons are counted, not measured, from what a
-multiprocessor of an H100 or H200 has: 65,536 registers, 227 KiB of shared memory, 4,096 bf16 FLOP a cycle, some 40
-bytes a cycle from L2. A tile of M x N makes M N / (M + N) FLOP of each byte it loads in 16 bits:
+multiprocessor of an H100 or H200 has: 65,536 registers, 227 KiB of shared memory, 4,096 bf16 FLOP a cycle. A tile of
+M x N makes M N / (M + N) FLOP of each byte it loads in 16 bits, and at full speed needs so many bytes a cycle from L2:
 
-    128 x 256   85 FLOP/B, 48 bytes a cycle at full speed     the most that two warpgroups' registers hold
-    128 x 128   64 FLOP/B
-     64 x 256   51 FLOP/B
-     16 x 128   14 FLOP/B                                      enough where memory is the limit, see below
+    128 x 256   85 FLOP/B   48 B     the most that two warpgroups' registers hold
+    128 x 128   64 FLOP/B   64 B
+     64 x 256   51 FLOP/B   80 B
+     16 x 128   14 FLOP/B            enough where device memory is the limit, see below
 
 Rows of an expert past a whole tile are multiplied in vain, half a tile on average: 128 rows waste 25 % at 256 rows per
 expert, 64 rows 12 %. With r rows per expert a weight element is used r times, r FLOP/B of device memory, against 181

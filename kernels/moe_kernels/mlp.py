@@ -17,6 +17,8 @@ With weighting="before" the weight scales x instead of a: gate and up are w_r h_
 factor w_r, and dw_r = dh_r . h_r with the dh_r before that factor. With "none" there is no weight.
 Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
 
+`mlp_torch.py` is the reference, `mlp_triton.py` launches the kernels, in which rows are gathered and activated.
+
 Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
 y = 10*(0.5*2) + 20*(0.25*3) = 25.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 from . import mlp_torch, mlp_triton
 from .agreement import Check, D, E, F, K, Side, T
 from .backend import register_check, resolve
+from .configs import row_block
 from .errors import KernelError
 
 __all__ = ["expert_mlp"]
@@ -228,6 +231,8 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
         ("64", some, 2, D, F, "before"),
         ("128", many, 2, 3 * D, 3 * F, "after"),
     ):
+        if row_block(side.tested_dtype, index.numel(), n_experts) != int(height):
+            continue  # fp32 has no tiles of 128 rows
         x = side.leaf(torch.randn(len(index), width, generator=g))
         gate_up = side.leaf(torch.randn(n_experts, 2 * hidden, width, generator=g) / width**0.5)
         down = side.leaf(torch.randn(n_experts, width, hidden, generator=g) / hidden**0.5)

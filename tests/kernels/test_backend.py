@@ -233,6 +233,24 @@ def test_self_check_catches_a_kernel_one_percent_off(
 
 
 @pytest.mark.interpreter
+def test_self_check_covers_every_height_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is another program to the compiler, and any of them may be the one that training uses."""
+    from moe_kernels import configs
+
+    seen = set()
+
+    def config_for(kernel: str, dtype: torch.dtype, device: torch.device, block: int, aligned: bool) -> Any:
+        seen.add((kernel, block))
+        return configs.config_for(kernel, dtype, device, block, aligned)
+
+    for file in ("gemm_triton", "mlp_triton"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "config_for", config_for)
+    check_kernels("cpu")
+    kernels = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
+    assert seen == {(kernel, height) for kernel in kernels for height in (16, 64, 128)}
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["order", "place", "offsets"])
 def test_self_check_catches_one_row_out_of_place(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
     """Sorting has no one percent: a single wrong index is one too many."""
