@@ -13,24 +13,26 @@ Backward, with dy the gradient of y and q_r = dy[token r] @ down[e]:
     dx_t = sum_r dh_r @ gate_up[e],   dgate_up[e] = sum_r dh_r.T x[token r]
 
 Between forward and backward only x, h and the index arrays are kept: a is computed again, o is never needed.
+With weighting="before" the weight scales x instead of a: gate and up are w_r h_r, a_r has no weight, dh_r gets the
+factor w_r, and dw_r = dh_r . h_r with the dh_r before that factor. With "none" there is no weight.
 Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
+
+`mlp_torch.py` is the reference, `mlp_triton.py` launches the kernels, in which rows are gathered and activated.
 
 Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
 y = 10*(0.5*2) + 20*(0.25*3) = 25.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from . import mlp_torch, mlp_triton
 from .agreement import Check, D, E, F, K, Side, T
 from .backend import register_check, resolve
-from .combine import sum_slots
-from .dispatch import sort_rows
+from .configs import row_block
 from .errors import KernelError
-from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
-from .swiglu import swiglu_backward, swiglu_forward
 
 __all__ = ["expert_mlp"]
 
@@ -44,6 +46,7 @@ def expert_mlp(
     *,
     tokens_per_expert: Tensor | None = None,
     null_experts: int = 0,
+    weighting: Literal["after", "before", "none"] = "after",
     backend: str | None = None,
 ) -> Tensor:
     """y_TD: every token through its K experts, summed with its weights. Dropless; no host synchronisation on CUDA.
@@ -51,10 +54,14 @@ def expert_mlp(
     x_TD: fp32, bf16 or fp16. gate_up_EFD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). topk_index_TK: integers in
     [0, E + null_experts). topk_weight_TK: fp32. tokens_per_expert: counts of topk_index_TK when the router has them;
     else counted. null_experts: how many numbers from E on stand for no expert: they add nothing and cost no product.
+    weighting: where a choice's weight enters: "after", on the expert's result, as in DeepSeek and most others;
+    "before", on its input, as in Llama 4; "none", nowhere, and its gradient is zero.
     Differentiable in x, both weights and topk_weight. Under autocast it computes in the autocast dtype, and gradients
-    of fp32 parameters are fp32.
+    of fp32 parameters are fp32. Equal inputs on one device give equal bits, forward and backward.
     """
     _check(x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts)
+    if weighting not in ("after", "before", "none"):
+        raise KernelError(f"weighting={weighting!r} is unknown: use 'after', 'before' or 'none'")
     device_type = x_TD.device.type
     if torch.is_autocast_enabled(device_type):
         x_TD = x_TD.to(torch.get_autocast_dtype(device_type))
@@ -65,7 +72,7 @@ def expert_mlp(
         )
     backend = resolve(backend, x_TD.device)
     return _expert_mlp(
-        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, backend
+        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, backend
     )[0]
 
 
@@ -93,69 +100,9 @@ def _check(
 # by backend
 
 
-def _forward(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    index: Tensor,
-    weight: Tensor,
-    counts: Tensor | None,
-    null_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_experts, top_k = gate_up.shape[0], index.shape[1]
-    order, place, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
-    offsets = offsets[: n_experts + 1].clone()  # null experts come last: their rows lie behind every group
-    rows = x.index_select(0, order // top_k)
-    h = _clear_nulls(gemm_forward(rows, gate_up, offsets, backend), offsets, null_experts)
-    del rows
-    wa = swiglu_forward(h, weight.float().flatten().index_select(0, order), backend)
-    out = gemm_forward(wa, down, offsets, backend)
-    return sum_slots(_clear_nulls(out, offsets, null_experts), place, top_k, backend), h, order, place, offsets
-
-
-def _clear_nulls(rows: Tensor, offsets: Tensor, null_experts: int) -> Tensor:
-    """`rows` with those behind the last group set to 0: no product has written them. In place; no sync on CUDA."""
-    if null_experts and rows.device.type == "cpu":
-        rows[int(offsets[-1]) :] = 0
-    elif null_experts:
-        rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= offsets[-1]).unsqueeze(1), 0)
-    return rows
-
-
-def _backward_parts(
-    dy: Tensor,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    order: Tensor,
-    place: Tensor,
-    offsets: Tensor,
-    need: list[bool],
-    null_experts: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_x, need_gate_up, need_down, _ = need
-    top_k = weight.shape[1]
-    token = order // top_k
-    dy_rows = dy.to(x.dtype).index_select(0, token)
-    q = _clear_nulls(gemm_dgrad(dy_rows, down, offsets, backend), offsets, null_experts)
-    dh, wa, dw_rows = swiglu_backward(q, h, weight.float().flatten().index_select(0, order), backend)
-    del q
-    d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, backend) if need_down else down.new_empty(0)
-    del dy_rows, wa
-    d_weight = torch.empty(weight.numel(), dtype=torch.float32, device=x.device)
-    d_weight[order] = dw_rows
-    d_gate_up = gate_up.new_empty(0)
-    if need_gate_up:
-        d_gate_up = gemm_wgrad(dh, x.index_select(0, token), offsets, gate_up.dtype, backend)
-    d_x = x.new_empty(0)
-    if need_x:
-        d_rows = gemm_dgrad(dh, gate_up, offsets, backend)
-        d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), place, top_k, backend)
-    return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
+def _backend(name: str) -> Any:
+    """The file with `forward` and `backward` of a backend."""
+    return mlp_triton if name == "triton" else mlp_torch
 
 
 # library op
@@ -170,10 +117,11 @@ def _expert_mlp(
     weight: Tensor,
     counts: Tensor | None,
     null_experts: int,
+    weighting: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, h, order, place, offsets); weights are cast to x's dtype and only the originals are kept."""
-    return _forward(x, gate_up, down, index, weight, counts, null_experts, backend)
+    return _backend(backend).forward(x, gate_up, down, index, weight, counts, null_experts, weighting)
 
 
 @_expert_mlp.register_fake
@@ -185,6 +133,7 @@ def _(
     weight: Tensor,
     counts: Tensor | None,
     null_experts: int,
+    weighting: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = index.numel()
@@ -210,10 +159,13 @@ def _expert_mlp_backward(
     offsets: Tensor,
     need: list[bool],
     null_experts: int,
+    weighting: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
-    return _backward_parts(dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts, backend)
+    return _backend(backend).backward(
+        dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts, weighting
+    )
 
 
 @_expert_mlp_backward.register_fake
@@ -229,6 +181,7 @@ def _(
     offsets: Tensor,
     need: list[bool],
     null_experts: int,
+    weighting: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -240,22 +193,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gate_up, down, _, weight, _, null_experts, backend = inputs
+    x, gate_up, down, _, weight, _, null_experts, weighting, backend = inputs
     _, h, order, place, offsets = output
     ctx.mark_non_differentiable(h, order, place, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weight, h, order, place, offsets)
-    ctx.constants = (null_experts, backend)
+    ctx.constants = (null_experts, weighting, backend)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     x_needed, gate_up_needed, down_needed, _, weight_needed = ctx.needs_input_grad[:5]
     need = [x_needed, gate_up_needed, down_needed, weight_needed]
     grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, *ctx.constants)
     d_x, d_gate_up, d_down, d_weight = (g if needed else None for g, needed in zip(grads, need, strict=True))
-    return d_x, d_gate_up, d_down, None, d_weight, None, None, None
+    return d_x, d_gate_up, d_down, None, d_weight, None, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -265,18 +218,32 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
-    """The last two experts stay empty; one choice in some is of a null expert."""
+    """A problem for each height of a tile: the last two of 12 experts empty and some choices of a null expert; weights
+    before the experts; one expert with most of the tokens, and more than one step along the sums."""
     g = torch.Generator().manual_seed(0)
-    index = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)])
-    index[::3, 0] = E
-    index = index.to(side.device)
-    x = side.leaf(torch.randn(T, D, generator=g))
-    gate_up = side.leaf(torch.randn(E, 2 * F, D, generator=g) / D**0.5)
-    down = side.leaf(torch.randn(E, D, F, generator=g) / F**0.5)
-    weight = torch.rand(T, K, generator=g).to(side.device).requires_grad_()  # fp32 on both sides
-    y, *_ = _expert_mlp(x, gate_up, down, index, weight, None, 1, side.backend)
-    y.backward(side.put(torch.randn(T, D, generator=g)), inputs=[x, gate_up, down, weight])
-    return {"y": y, "dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
+    few = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)])
+    few[::3, 0] = E
+    some = torch.randint(2, (2 * T, K), generator=g)
+    many = (torch.arange(14 * T) % 5 == 0).long().unsqueeze(1)
+    found: dict[str, Tensor | None] = {}
+    for height, index, n_experts, width, hidden, weighting in (
+        ("16", few, E, D, F, "after"),
+        ("64", some, 2, D, F, "before"),
+        ("128", many, 2, 3 * D, 3 * F, "after"),
+    ):
+        if row_block(side.tested_dtype, index.numel(), n_experts) != int(height):
+            continue  # fp32 has no tiles of 128 rows
+        x = side.leaf(torch.randn(len(index), width, generator=g))
+        gate_up = side.leaf(torch.randn(n_experts, 2 * hidden, width, generator=g) / width**0.5)
+        down = side.leaf(torch.randn(n_experts, width, hidden, generator=g) / hidden**0.5)
+        weight = (torch.rand(index.shape, generator=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
+        y, *_ = _expert_mlp(
+            x, gate_up, down, index.to(side.device), weight, None, int(n_experts == E), weighting, side.backend
+        )
+        y.backward(side.put(torch.randn(y.shape, generator=g)), inputs=[x, gate_up, down, weight])
+        grads = {"dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
+        found |= {f"{name} of {height}-row tiles": t for name, t in ({"y": y} | grads).items()}
+    return found
 
 
 register_check(Check("expert_mlp", _probe))

@@ -158,8 +158,8 @@ route = mk.topk_route(torch.randn(4, 6), top_k=2)
 x, gate_up, down = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, 8), torch.randn(6, 8, 4)
 mk.expert_mlp(x, gate_up, down, route.topk_index_TK, route.topk_weight_TK).sum().backward()
 assert x.grad is not None
-from moe_kernels.gemm import grouped_gemm_kernel
-for attempt in (lambda: mk.resolve("triton", "cpu"), lambda: grouped_gemm_kernel[(1,)](1, BE=2)):
+from moe_kernels.grouped_kernels import product_kernel
+for attempt in (lambda: mk.resolve("triton", "cpu"), lambda: product_kernel[(1,)](1, BM=2)):
     try:
         attempt()
     except mk.KernelError as error:
@@ -203,11 +203,12 @@ def test_self_check_resolves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("op", "file", "function", "wrong"),
     [
-        ("grouped_gemm", "gemm", "_launch_gemm", "y"),
-        ("grouped_gemm", "gemm", "_launch_wgrad", "dw"),
-        ("expert_mlp", "gemm", "_launch_wgrad", "dgate_up"),
-        ("expert_mlp", "swiglu", "_forward_triton", "y"),
-        ("expert_mlp", "swiglu", "_backward_triton", "dx"),
+        ("grouped_gemm", "gemm_triton", "product", "y"),
+        ("grouped_gemm", "gemm_triton", "wgrad", "dw"),
+        ("expert_mlp", "mlp_triton", "swiglu_product", "y"),
+        ("expert_mlp", "mlp_triton", "product", "y"),
+        ("expert_mlp", "mlp_triton", "swiglu_backward_product", "dx"),
+        ("expert_mlp", "mlp_triton", "wgrad", "dgate_up"),
         ("expert_mlp", "combine", "_sum_triton", "y"),
         ("topk_route", "routing_forward", "_forward_triton", "weight"),
         ("topk_route", "routing_backward", "_backward_triton", "d_logits"),
@@ -222,11 +223,31 @@ def test_self_check_catches_a_kernel_one_percent_off(
 
     def off(*args: Any) -> Any:
         out = right(*args)
-        return (out[0] * 1.01, *out[1:]) if isinstance(out, tuple) else out * 1.01
+        if isinstance(out, tuple):
+            return tuple(part * 1.01 if part.is_floating_point() else part for part in out)
+        return out * 1.01
 
     monkeypatch.setattr(module, function, off)
     with pytest.raises(KernelError, match=f"{op} {wrong} "):
         backend_module._checks[op].run(torch.device("cpu"))
+
+
+@pytest.mark.interpreter
+def test_self_check_covers_every_height_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is another program to the compiler, and any of them may be the one that training uses."""
+    from moe_kernels import configs
+
+    seen = set()
+
+    def config_for(kernel: str, dtype: torch.dtype, device: torch.device, block: int, aligned: bool) -> Any:
+        seen.add((kernel, block))
+        return configs.config_for(kernel, dtype, device, block, aligned)
+
+    for file in ("gemm_triton", "mlp_triton"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "config_for", config_for)
+    check_kernels("cpu")
+    kernels = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
+    assert seen == {(kernel, height) for kernel in kernels for height in (16, 64, 128)}
 
 
 @pytest.mark.interpreter

@@ -1,14 +1,15 @@
 """expert_mlp against a per-token loop in fp64: value and the gradients of x, both weights and the routing weights."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_kernels import KernelError, expert_mlp, topk_route
+from moe_kernels import KernelError, expert_mlp, mlp_torch, mlp_triton, topk_route
 
 # tokens, model, hidden, experts, top-k
 CASES = {
@@ -21,19 +22,31 @@ CASES = {
 }
 
 
-def per_token(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def per_token(
+    x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor, weighting: str = "after"
+) -> Tensor:
     """The definition, one token and slot at a time."""
     y = []
     for t, experts in enumerate(index.tolist()):
         total = torch.zeros_like(x[t])
         for k, e in enumerate(experts):
-            gate, up = (gate_up[e] @ x[t]).chunk(2)
-            total = total + weight[t, k] * (down[e] @ (silu(gate) * up))
+            before = weight[t, k] if weighting == "before" else 1
+            after = weight[t, k] if weighting == "after" else 1
+            gate, up = (gate_up[e] @ (before * x[t])).chunk(2)
+            total = total + after * (down[e] @ (silu(gate) * up))
         y.append(total)
     return torch.stack(y)
 
 
-def check(place: Any, leaf: Callable[..., Tensor], index: Tensor, width: int, hidden: int, n_experts: int) -> None:
+def check(
+    place: Any,
+    leaf: Callable[..., Tensor],
+    index: Tensor,
+    width: int,
+    hidden: int,
+    n_experts: int,
+    weighting: Literal["after", "before", "none"] = "after",
+) -> None:
     """Compare one problem with the loop, gradients included."""
     n_tokens, top_k = index.shape
     x = leaf(n_tokens, width)
@@ -42,13 +55,18 @@ def check(place: Any, leaf: Callable[..., Tensor], index: Tensor, width: int, hi
     weight = (torch.rand(n_tokens, top_k) + 0.5).to(place.device).requires_grad_()
     counts = torch.bincount(index.flatten(), minlength=n_experts).int().to(place.device)
     given = counts if top_k > 1 else None  # both ways of counting are used
-    y = expert_mlp(x, gate_up, down, index.to(place.device), weight, tokens_per_expert=given, backend=place.backend)
+    y = expert_mlp(
+        x, gate_up, down, index.to(place.device), weight,
+        tokens_per_expert=given, weighting=weighting, backend=place.backend,
+    )  # fmt: skip
     seed = torch.randn(n_tokens, width).to(place.dtype)
     y.backward(seed.to(place.device))
 
     truth = [t.detach().cpu().double().requires_grad_() for t in (x, gate_up, down, weight)]
-    want = per_token(truth[0], truth[1], truth[2], index, truth[3])
+    want = per_token(truth[0], truth[1], truth[2], index, truth[3], weighting)
     want.backward(seed.double())
+    if weighting == "none":
+        truth[3].grad = torch.zeros_like(truth[3])
     assert y.dtype == place.dtype
     place.agree("y", want, y)
     for name, leaf64, got in zip(
@@ -74,6 +92,84 @@ def test_matches_the_per_token_loop(place: Any, leaf: Callable[..., Tensor], cas
 def test_all_tokens_on_one_expert(place: Any, leaf: Callable[..., Tensor]) -> None:
     """The worst imbalance, over more than one tile of rows."""
     check(place, leaf, torch.full((130, 1), 2), 16, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "width", "hidden", "n_experts"), [(200, 64, 24, 4), (520, 72, 136, 2)], ids=["tiles-of-64", "of-128"]
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_skewed_loads(
+    place: Any, leaf: Callable[..., Tensor], n_tokens: int, width: int, hidden: int, n_experts: int
+) -> None:
+    """Expert e is chosen 1 / (e + 1)^2 as often as the first; more than one tile of rows and of columns."""
+    share = (1 / torch.arange(1, n_experts + 1).square()).expand(n_tokens, -1)
+    check(place, leaf, torch.multinomial(share, 1), width, hidden, n_experts)
+
+
+@pytest.mark.parametrize("weighting", ["before", "none"])
+@pytest.mark.parametrize("width", [24, 33])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_where_the_weight_enters(
+    place: Any, leaf: Callable[..., Tensor], weighting: Literal["before", "none"], width: int
+) -> None:
+    """On the input as in Llama 4, or not at all, when its gradient is zero."""
+    check(place, leaf, torch.rand(9, 4).argsort(-1)[:, :2], width, 12, 4, weighting)
+
+
+def test_equal_inputs_give_equal_bits(place: Any, leaf: Callable[..., Tensor]) -> None:
+    """No sum depends on which program came first: value and gradients of two runs are the same."""
+    x, gate_up, down = leaf(50, 24), leaf(4, 144, 24, fan_in=24), leaf(4, 24, 72, fan_in=72)
+    index = torch.rand(50, 4).argsort(-1)[:, :3].to(place.device)
+    weight = torch.rand(50, 3, device=place.device, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        y = expert_mlp(x, gate_up, down, index, weight, backend=place.backend)
+        return y, *torch.autograd.grad(y.float().square().sum(), [x, gate_up, down, weight])
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+class Calls(TorchDispatchMode):
+    """Remembers which torch functions run while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpreter
+def test_triton_permutes_no_rows() -> None:
+    """x[token] and dy[token] are never made: the kernels gather them. The torch backend does make them."""
+    x, gate_up, down = torch.randn(9, 24), torch.randn(4, 24, 24), torch.randn(4, 24, 12)
+    index, weight = torch.rand(9, 4).argsort(-1)[:, :2], torch.rand(9, 2)
+    gathers = []
+    for backend in (mlp_triton, mlp_torch):
+        with Calls() as calls:
+            y, *kept = backend.forward(x, gate_up, down, index, weight, None, 0, "after")
+            backend.backward(y, x, gate_up, down, weight, *kept, [True] * 4, 0, "after")
+        gathers.append(calls.seen & {"index_select", "index", "gather", "take", "embedding"})
+    assert gathers == [set(), {"index_select"}]
+
+
+@pytest.mark.parametrize("hidden", [12, 16], ids=["by-pointer", "by-tma"])
+def test_strided_inputs(place: Any, leaf: Callable[..., Tensor], hidden: int) -> None:
+    """Any strides of activations and choices, and weights that lie the other way round, as Llama 4 stores them."""
+    x, gate_up, down = leaf(16, 9), leaf(3, 16, 2 * hidden, fan_in=16), leaf(3, hidden, 16, fan_in=hidden)
+    index = torch.rand(9, 3).argsort(-1)[:, ::2].to(place.device)
+    weight = torch.rand(2, 9, device=place.device).t()
+    views = (x.t(), gate_up.transpose(1, 2), down.transpose(1, 2))
+    got = expert_mlp(*views, index, weight, backend=place.backend)
+    want = expert_mlp(*(v.contiguous() for v in views), index.contiguous(), weight.contiguous(), backend=place.backend)
+    place.agree("y", want, got)
+    seed = torch.randn_like(got)
+    leaves = [x, gate_up, down]
+    pairs = zip(torch.autograd.grad(want, leaves, seed), torch.autograd.grad(got, leaves, seed), strict=True)
+    for name, (a, b) in zip(("dx", "dgate_up", "ddown"), pairs, strict=True):
+        place.agree(name, a, b)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["counted-here", "counted-by-router"])
@@ -239,6 +335,8 @@ def test_what_does_not_fit_is_refused() -> None:
         expert_mlp(x, gate_up, down, index, weight[:, :1])
     with pytest.raises(KernelError, match="tokens_per_expert"):
         expert_mlp(x, gate_up, down, index, weight, tokens_per_expert=torch.zeros(3))
+    with pytest.raises(KernelError, match="weighting='input' is unknown"):
+        expert_mlp(x, gate_up, down, index, weight, weighting="input")  # type: ignore[arg-type]
     with pytest.raises(KernelError, match=r"bfloat16.*autocast"):
         expert_mlp(x.bfloat16(), gate_up, down, index, weight)
 
@@ -249,9 +347,9 @@ def test_library_op_is_well_formed() -> None:
     gate_up, down = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
     index, weight = torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2, requires_grad=True)
     op = torch.ops.moe_kernels.expert_mlp.default
-    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, 0, "torch"))
+    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, 0, "after", "torch"))
     fewer = [tensor.detach()[:-1].clone().requires_grad_() for tensor in (gate_up, down)]
-    torch.library.opcheck(op, (x, *fewer, index, weight, None, 1, "torch"))
+    torch.library.opcheck(op, (x, *fewer, index, weight, None, 1, "before", "torch"))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

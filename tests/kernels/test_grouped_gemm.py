@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import KernelError, grouped_gemm
 from moe_kernels.gemm import gemm_forward, gemm_wgrad
+from moe_kernels.gemm_triton import as_it_lies
 
 # rows of each expert, inputs, outputs
 CASES = {
@@ -19,6 +20,8 @@ CASES = {
     "all-on-one": ([0, 0, 63, 0], 16, 8),
     "several-tiles": ([130, 0, 7, 65], 40, 72),
     "odd": ([7, 1, 2], 7, 3),
+    "tiles-of-64": ([90, 0, 40, 70], 64, 24),
+    "tiles-of-128": ([400, 133], 72, 264),
 }
 
 
@@ -90,11 +93,40 @@ def test_worked_example(place: Any) -> None:
 
 def test_strided_inputs_and_expanded_gradients(place: Any) -> None:
     """Any strides of x and w, and the gradient of a plain sum, which has stride zero."""
-    x = torch.randn(16, 9, device=place.device).to(place.dtype).t()
-    w = torch.randn(2, 16, 8, device=place.device).to(place.dtype).transpose(1, 2).requires_grad_()
-    grouped_gemm(x, w, offsets_of([4, 5], place.device), backend=place.backend).sum().backward()
+    x = torch.randn(16, 9, device=place.device).to(place.dtype).t().requires_grad_()
+    w = (torch.randn(2, 16, 8, device=place.device) / 4).to(place.dtype).transpose(1, 2).requires_grad_()
+    y = grouped_gemm(x, w, offsets_of([4, 5], place.device), backend=place.backend)
+    y.sum().backward()
+    place.agree("y", loop(x.double(), w.double(), [4, 5]), y)
+    place.agree(
+        "dx", torch.cat([part.double().sum(0).expand(n, 16) for n, part in zip((4, 5), w, strict=True)]), x.grad
+    )
     want = torch.stack([part.double().sum(0).expand(8, 16) for part in x.split([4, 5])])
     place.agree("dw", want, w.grad)
+
+
+@pytest.mark.parametrize("case", ["odd", "tiles-of-64"])
+def test_equal_inputs_give_equal_bits(place: Any, leaf: Callable[..., Tensor], case: str) -> None:
+    """No sum depends on which program came first: values and gradients of two runs are the same."""
+    rows, n_in, n_out = CASES[case]
+    x, w, offsets = leaf(sum(rows), n_in), leaf(len(rows), n_out, n_in), offsets_of(rows, place.device)
+    first, second = (
+        torch.autograd.grad((y := grouped_gemm(x, w, offsets, backend=place.backend)).float().square().sum(), [y, x, w])
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("n_in", [24, 33], ids=["by-tma", "by-pointer"])
+def test_an_expert_keeps_its_infinities(place: Any, leaf: Callable[..., Tensor], n_in: int) -> None:
+    """Tiles reach over an expert's edges, into weights of the next that must not be multiplied, not even by zero."""
+    x, w = leaf(12, n_in), leaf(3, 20, n_in)
+    w.data[1] = torch.inf
+    y = grouped_gemm(x, w, offsets_of([5, 0, 7], place.device), backend=place.backend)
+    y.float().sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert w.grad.isfinite().all()
 
 
 def test_no_rows(place: Any, leaf: Callable[..., Tensor]) -> None:
@@ -113,6 +145,24 @@ def test_only_what_is_needed_gets_a_gradient(place: Any, leaf: Callable[..., Ten
     grouped_gemm(x, w, offsets_of([2, 3], place.device), backend=place.backend).sum().backward()
     assert x.grad is not None
     assert w.grad is None
+
+
+def test_both_layouts_of_a_weight_are_read_in_place() -> None:
+    """(E, O, I) and its transpose cost no copy; where a product's inputs lie is told, for either direction."""
+    w = torch.empty(2, 3, 5)
+    for view, transposed, inputs_last in (
+        (w, False, True),
+        (w, True, False),
+        (w.transpose(1, 2), False, False),
+        (w.transpose(1, 2), True, True),
+    ):
+        lying, last = as_it_lies(view, transposed)
+        assert lying.data_ptr() == w.data_ptr()
+        assert lying.is_contiguous()
+        assert last == inputs_last
+    copied, last = as_it_lies(w[:, ::2], False)
+    assert copied.is_contiguous()
+    assert last
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -140,16 +190,18 @@ def test_library_op_is_well_formed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_group_keeps_its_infinities(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("more", [0, 300], ids=["few-rows", "many-rows"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # NumPy's, of the interpreter
+def test_a_group_keeps_its_infinities(place: Any, leaf: Callable[..., Tensor], more: int) -> None:
     """Rows may be multiplied with neighbours beside them, and yet the neighbours' results are their own."""
-    x, w = torch.randn(40, 16).to(dtype), torch.randn(3, 8, 16).to(dtype).requires_grad_()
-    x[20] = torch.inf
-    offsets = torch.tensor([0, 10, 25, 30], dtype=torch.int32)
-    y = grouped_gemm(x, w, offsets, backend="torch")
-    assert y[:20].isfinite().all()
-    assert y[25:30].isfinite().all()
-    y[:30].float().nansum().backward()
+    x, w = leaf(40 + 3 * more, 16).detach(), leaf(3, 8, 16)
+    second, third, end = 10 + more, 25 + 2 * more, 30 + 3 * more
+    x[second + 10] = torch.inf
+    offsets = torch.tensor([0, second, third, end], dtype=torch.int32, device=place.device)
+    y = grouped_gemm(x, w, offsets, backend=place.backend)
+    assert y[: second + 10].isfinite().all()
+    assert y[third:end].isfinite().all()
+    y[:end].float().nansum().backward()
     assert w.grad is not None
     assert w.grad[0].isfinite().all()
     assert w.grad[2].isfinite().all()

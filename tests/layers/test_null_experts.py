@@ -10,7 +10,7 @@ from moe.config import ModelConfig
 from moe.errors import ConfigError
 from moe.layers import MoE
 from moe.model import Transformer
-from moe_kernels import mlp
+from moe_kernels import mlp_torch
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
@@ -55,13 +55,13 @@ def test_fewer_matrix_products_are_computed(monkeypatch: pytest.MonkeyPatch) -> 
     """Every product, forward and backward, stops where the null rows begin."""
     computed: list[int] = []
     for name, offsets_at in (("gemm_forward", 2), ("gemm_dgrad", 2), ("gemm_wgrad", 2)):
-        product = getattr(mlp, name)
+        product = getattr(mlp_torch, name)
 
         def spy(*args: Any, product: Any = product, at: int = offsets_at) -> Any:
             computed.append(int(args[at][-1]))
             return product(*args)
 
-        monkeypatch.setattr(mlp, name, spy)
+        monkeypatch.setattr(mlp_torch, name, spy)
     layer = _layer()
     layer(torch.randn(1, 50, 16, requires_grad=True)).sum().backward()
     counts = layer.router.tokens_per_expert
