@@ -10,8 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from moe.energy.meter import METERED_BY, EnergyMeter
-from moe.energy.sources import Source, select_sources, visible_gpus
-from moe.energy.sources.nvml import NvmlSource
+from moe.energy.sources import Source, gpu_sources, select_sources, visible_gpus
 from moe.errors import ConfigError
 
 __all__ = ["HOST", "run_metered", "sources_for"]
@@ -39,7 +38,7 @@ def sources_for(selection: str | None, power_w: float | None) -> list[Source]:
     if selection not in (None, HOST) and not gpus:
         raise ConfigError(f"--devices {selection} names no GPU of this machine: see `nvidia-smi -L`, or say {HOST}")
     if power_w is None and gpus:
-        return [NvmlSource([gpu.uuid for gpu in gpus], shared=[gpu.uuid for gpu in gpus if gpu.shared])]
+        return gpu_sources(gpus)
     return select_sources([gpu.uuid for gpu in gpus], power_w)
 
 

@@ -34,6 +34,10 @@ class FakeGpu:
     power1_mw: int = 500_000
     power2_mw: int = 500_000
     period_ns: int = 10**9
+    arch: int = 9
+    average: int = 1
+    gain: int = 1000
+    sliced: int = 0
 
     def energy_mj(self, at_ns: int) -> float:
         """The truth behind the counter: exact energy at a boottime, not held back to the last tick."""
@@ -54,6 +58,7 @@ class FakeNode:
         self._calls.write_bytes(bytes(4096))
         self.gpus: dict[str, FakeGpu] = {}
         self.migs: dict[str, str] = {}
+        self.machine = (0, 1)
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "MOE_", "SLURM_"))},
             "LD_LIBRARY_PATH": str(library),
@@ -77,12 +82,14 @@ class FakeNode:
         self.migs[uuid] = parent
         self._write()
 
+    def set_machine(self, init_code: int = 0, persistence: int = 1) -> None:
+        """What opening the library returns, and whether the driver stays loaded."""
+        self.machine = (init_code, persistence)
+        self._write()
+
     def _write(self) -> None:
-        lines = [
-            f"gpu {g.uuid} {g.name} {g.bus} {g.mode} {g.origin_ns} {g.base_mj} {g.tick_ns} {g.sleep_us} "
-            f"{g.power1_mw} {g.power2_mw} {g.period_ns}\n"
-            for g in self.gpus.values()
-        ]
+        lines = ["machine {} {}\n".format(*self.machine)]
+        lines += ["gpu " + " ".join(map(str, vars(gpu).values())) + "\n" for gpu in self.gpus.values()]
         lines += [f"mig {uuid} {parent}\n" for uuid, parent in self.migs.items()]
         aside = self._state.with_suffix(".new")
         aside.write_text("".join(lines))
@@ -131,16 +138,25 @@ def own_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
+def _compile(folder: Path, *options: str) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler, "the energy tests compile a small C library: apt-get install gcc"
+    source = Path(__file__).with_name("fake_nvml.c")
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1", *options]
+    subprocess.run([compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)], check=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled fake library."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    assert compiler, "the energy tests compile a small C library: apt-get install gcc"
-    folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).with_name("fake_nvml.c")
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)], check=True)
-    return folder
+    return _compile(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def old_nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a library from a driver that knows neither the energy counter nor fields."""
+    return _compile(tmp_path_factory.mktemp("old_nvml"), "-DOLD_DRIVER")
 
 
 @pytest.fixture
