@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe.errors import ConfigError
+from moe.cli.doctor import doctor
+from moe.cli.energy_node import node
+from moe.cli.ledgers import ledgers_of
 
 if TYPE_CHECKING:
     from moe.energy import Fold
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(doctor)
+app.command()(node)
 
 
 @app.callback()
@@ -73,7 +77,7 @@ def report(
     """Say what a run cost: energy with its band, device-hours, phases; carbon and money only from factors you give."""
     from moe.energy import fold_ledgers, footprint
 
-    fold = fold_ledgers(_ledgers(run))
+    fold = fold_ledgers(ledgers_of(run))
     total = fold.total
     costs = footprint(total.energy_j, total.device_hours, total.scope, pue, grid, price_kwh, price_hour)
     if as_json:
@@ -82,20 +86,6 @@ def report(
             print(note, file=sys.stderr)
         return
     _print_report(fold, costs)
-
-
-def _ledgers(run: Path) -> list[Path]:
-    """The ledgers of a run directory, the first node's first, or the file itself."""
-    from moe.rundir import RunDir
-
-    if run.is_file():
-        return [run]
-    if not run.is_dir():
-        raise ConfigError(f"{run} is neither a run directory nor a ledger file: check the path")
-    found = RunDir(run).ledgers()
-    if not found:
-        raise ConfigError(f"{run} holds no ledger.jsonl: give the folder of a metered run")
-    return found
 
 
 def _joules(energy_j: float | None) -> str:

@@ -100,12 +100,12 @@ class FakeNode:
         counts = struct.unpack("4Q", self._calls.read_bytes()[:32])
         return dict(zip(("energy", "power", "processes", "init"), counts, strict=True))
 
-    def start(self, code: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, code: str, stdin: int = subprocess.DEVNULL, **env: str) -> subprocess.Popen[str]:
         """Run Python code on the node."""
         return subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code)],
             env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
