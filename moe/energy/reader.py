@@ -106,7 +106,7 @@ class Reader:
                     self._burst()
                 if stopping or self._asked or time.monotonic() >= due:
                     self._asked = False
-                    self._read()
+                    self._read(last=stopping)
             except Exception as error:  # whatever a driver or a full machine does, the metered program goes on
                 if not self._complained:
                     print(f"moe.energy: the reader met {type(error).__name__}: {error}; it goes on", file=sys.stderr)
@@ -132,7 +132,7 @@ class Reader:
                 self._gaps.append((uuid, event, reason))
         return at_ns, raw_mj
 
-    def _read(self) -> None:
+    def _read(self, last: bool = False) -> None:
         at_ns, raw_mj = self._sample()
         gaps, self._gaps = self._gaps, []
         known_mj = [track.energy_mj for track in self.tracks.values() if track.energy_mj is not None]
@@ -141,7 +141,7 @@ class Reader:
             self.power_w = (total_mj - self._before[1]) * 1e6 / (at_ns - self._before[0])
         self._before = (at_ns, total_mj) if known_mj else None
         reading = Reading(at_ns, raw_mj, gaps)
-        if self._stopping or at_ns >= self._look_due_ns:
+        if last or at_ns >= self._look_due_ns:
             self._look_due_ns = at_ns + round(CONDITIONS_S * 1e9)
             reading = self._look_around(reading)
         self._on_reading(reading)

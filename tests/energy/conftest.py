@@ -18,6 +18,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+FAKE_AMDSMI = '''
+"""Two GPUs at 300 W; AMDSMI_STUCK freezes counters, AMDSMI_GUEST takes them away, AMDSMI_OLD names them as before."""
+import os, time
+class AmdSmiException(Exception): ...
+class AmdSmiLibraryException(AmdSmiException): ...
+def amdsmi_init(): ...
+def amdsmi_shut_down(): ...
+def amdsmi_get_processor_handles(): return [0, 1]
+def amdsmi_get_gpu_device_uuid(handle): return f"{handle}aff74a1-0000-1000-80e8-000000000000"
+def amdsmi_get_gpu_asic_info(handle): return {"market_name": "AMD Instinct MI300X"}
+def amdsmi_get_energy_count(handle):
+    if "AMDSMI_GUEST" in os.environ:
+        raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
+    seconds = 10 if "AMDSMI_STUCK" in os.environ else time.monotonic()
+    name = "power" if "AMDSMI_OLD" in os.environ else "energy_accumulator"
+    return {name: int(seconds * 300e6 / 15.3), "counter_resolution": 15.3, "timestamp": time.time_ns()}
+def amdsmi_get_power_info(handle):
+    told = "N/A" if os.environ.get("AMDSMI_BLIND") else 300
+    return {"current_socket_power": told, "average_socket_power": "N/A"}
+'''
+
 
 @dataclass(frozen=True, kw_only=True)
 class FakeGpu:
@@ -171,6 +192,15 @@ def node(nvml_library: Path, tmp_path: Path) -> FakeNode:
 def gpu(node: FakeNode) -> FakeGpu:
     """One steady 500 W GPU in the node, its counter moving every 100 ms."""
     return node.set(FakeGpu())
+
+
+@pytest.fixture
+def amd(node: FakeNode, tmp_path: Path) -> FakeNode:
+    """The node without NVIDIA's library and with AMD's."""
+    (tmp_path / "amdsmi.py").write_text(FAKE_AMDSMI)
+    node.env["LD_LIBRARY_PATH"] = "/nonexistent"
+    node.env["PYTHONPATH"] += f":{tmp_path}"
+    return node
 
 
 @pytest.fixture

@@ -1,30 +1,7 @@
 """AMD GPUs through a stand-in `amdsmi` that returns what the real one documents."""
 
-import textwrap
-from pathlib import Path
-
 import pytest
 
-FAKE = '''
-"""Two GPUs at 300 W; AMDSMI_STUCK freezes counters, AMDSMI_GUEST takes them away, AMDSMI_OLD names them as before."""
-import os, time
-class AmdSmiException(Exception): ...
-class AmdSmiLibraryException(AmdSmiException): ...
-def amdsmi_init(): ...
-def amdsmi_shut_down(): ...
-def amdsmi_get_processor_handles(): return [0, 1]
-def amdsmi_get_gpu_device_uuid(handle): return f"{handle}aff74a1-0000-1000-80e8-000000000000"
-def amdsmi_get_gpu_asic_info(handle): return {"market_name": "AMD Instinct MI300X"}
-def amdsmi_get_energy_count(handle):
-    if "AMDSMI_GUEST" in os.environ:
-        raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
-    seconds = 10 if "AMDSMI_STUCK" in os.environ else time.monotonic()
-    name = "power" if "AMDSMI_OLD" in os.environ else "energy_accumulator"
-    return {name: int(seconds * 300e6 / 15.3), "counter_resolution": 15.3, "timestamp": time.time_ns()}
-def amdsmi_get_power_info(handle):
-    told = "N/A" if os.environ.get("AMDSMI_BLIND") else 300
-    return {"current_socket_power": told, "average_socket_power": "N/A"}
-'''
 FIRST, SECOND = (f"AMD-{n}aff74a1-0000-1000-80e8-000000000000" for n in range(2))
 READ = f"""
     import time
@@ -36,15 +13,6 @@ READ = f"""
     watts = (source.read()[device.uuid] - first) / 1000 / (time.monotonic() - start)
     print(device.name, device.source, device.scope, device.band, device.note, round(watts, -1), sep="|")
 """
-
-
-@pytest.fixture
-def amd(node, tmp_path: Path):
-    """The node without NVIDIA's library and with AMD's."""
-    (tmp_path / "amdsmi.py").write_text(textwrap.dedent(FAKE))
-    node.env["LD_LIBRARY_PATH"] = "/nonexistent"
-    node.env["PYTHONPATH"] += f":{tmp_path}"
-    return node
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["energy_accumulator", "before 6.2.1"])

@@ -164,8 +164,8 @@ SACCT = "JobID|Start|End|ConsumedEnergyRaw\n"
 
 def test_slurms_number_is_the_job_not_the_sum_of_its_steps(tmp_path, run):
     """Steps run beside each other on one node; the job's own row counts, shared out by time over the run."""
-    rows = "".join(f"{job}|{EPOCH - 100}|{EPOCH + 100}|{energy}\n" for job, energy in
-                   [("7", 200_000), ("7.batch", 200_000), ("7.extern", 200_000), ("7.0", 150_000)])  # fmt: skip
+    energies = {"7": 200_000, "7.batch": 200_000, "7.extern": 200_000, "7.0": 150_000}
+    rows = "".join(f"{job}|{EPOCH - 100}|{EPOCH + 100}|{energy}\n" for job, energy in energies.items())
     result = reconcile(run, read_node_file(write(tmp_path, SACCT + rows)))
     assert (result.source, result.node_j, result.edge_j) == ("node:slurm", pytest.approx(100_000), 200_000)
     assert result.notes == ["the node's intervals are long against the run: energy at its ends was shared out by time"]
@@ -191,7 +191,7 @@ def test_slurms_number_is_the_job_not_the_sum_of_its_steps(tmp_path, run):
         pytest.param("[1]", "holds 1: give one JSON object a reading", id="json list"),
         pytest.param("5 J 1769860800000000 us\n6 Joules\n", "line 2: '6 Joules' is no energy", id="pm_counters"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, text, sentence):
     with pytest.raises(ConfigError) as caught:
         read_node_file(write(tmp_path, text))
@@ -204,9 +204,9 @@ def test_each_node_is_joined_with_its_own_devices(tmp_path, clock):
     clock.segment(tmp_path / "a", "node1.cluster", 0, {"G0": 300})
     clock.segment(tmp_path / "b", "node2.cluster", 0, {"G1": 500})
     run = fold_ledgers([tmp_path / "a", tmp_path / "b"])
-    one, two, other = (csv_of(watts, range(0, 110, 10), host).partition("\n")[2]
-                       for watts, host in ((400, "NODE1"), (900, "node2"), (9999, "login")))  # fmt: skip
-    result = reconcile(run, read_node_file(write(tmp_path, "utc,watts,host\n" + one + two + other)))
+    watts = {"NODE1": 400, "node2": 900, "login": 9999}
+    rows = "".join(f"{at(s)},{power_w},{host}\n" for s in range(0, 110, 10) for host, power_w in watts.items())
+    result = reconcile(run, read_node_file(write(tmp_path, "utc,watts,host\n" + rows)))
     assert result.hosts == ["node1.cluster", "node2.cluster"]
     assert (result.elapsed_s, result.node_j, result.device_j) == pytest.approx((200, 130_000, 80_000))
     with pytest.raises(ConfigError, match="the run used the hosts node1, node2: give each reading its host"):
