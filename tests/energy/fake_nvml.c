@@ -9,7 +9,7 @@
    stuck (a counter that stands still), noperm (a counter that may not be read), lost (fallen off the bus), blocked (a
    cgroup hides it). Each energy or power call takes SLEEP_US. The power sensor tells GAIN thousandths of the truth: the
    mean of the last second where AVERAGE is 1, and that moment. SLICED: whether MIG is on. INIT_CODE is what opening the
-   library returns. Compiled with -DOLD_DRIVER the library has neither the counter's symbol nor fields.
+   library returns. Compiled with -DOLD_DRIVER the library has neither the counter's symbol nor fields, and older names for the rest.
    FAKE_NVML_CALLS names a file of four 64-bit counts: energy reads, power reads, process queries, library openings. */
 
 #include <fcntl.h>
@@ -153,7 +153,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle) {
     Gpu g;
-    return find(uuid, &g) ? NOT_FOUND : handle_of(uuid, handle);
+    if (find(uuid, &g)) return NOT_FOUND;
+    return strcmp(g.mode, "blocked") ? handle_of(uuid, handle) : NO_PERMISSION;
 }
 
 int nvmlDeviceGetUUID(void *handle, char *out, unsigned size) { return snprintf(out, size, "%s", (char *)handle), OK; }
@@ -241,10 +242,15 @@ int nvmlDeviceGetFieldValues(void *handle, int n, FieldValue *values) {
     }
 TELLS(nvmlDeviceGetArchitecture, unsigned, g.arch)
 TELLS(nvmlDeviceGetEnforcedPowerLimit, unsigned, 700000)
+#ifdef OLD_DRIVER
+#define nvmlDeviceGetCurrentClocksEventReasons nvmlDeviceGetCurrentClocksThrottleReasons
+int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *out) { return (void)handle, (void)sensor, *out = 61, OK; }
+#else
+int nvmlDeviceGetTemperatureV(void *handle, int *out) { return (void)handle, out[2] = 61, OK; } /* version, sensor, C */
+#endif
 TELLS(nvmlDeviceGetCurrentClocksEventReasons, u64, 1 + 4 * (g.power1_mw >= 700000)) /* idle; capped at the limit */
 TELLS(nvmlDeviceGetPersistenceMode, unsigned, machine(1))
 
-int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *out) { return (void)handle, (void)sensor, *out = 61, OK; }
 int nvmlDeviceGetClockInfo(void *handle, int type, unsigned *out) { return (void)handle, *out = type == 1 ? 1980 : 0, OK; }
 int nvmlSystemGetDriverVersion(char *out, unsigned size) { return snprintf(out, size, "580.65.06"), OK; }
 

@@ -181,8 +181,12 @@ def test_averaged_power_sees_a_burst_that_instants_miss(node, gpu):
 def test_a_driver_without_the_counters_symbol_is_integrated(node, gpu, old_nvml_library):
     """FUNCTION_NOT_FOUND for the counter and for fields: the old power call is left, an average on a Hopper."""
     old = {"LD_LIBRARY_PATH": str(old_nvml_library)}
-    out = node.run(OPEN.format(uuid=gpu.uuid), **old)
-    assert out == "integrated|gpu|0.1|power averaged over 1 s, integrated: sees all of the time\n"
+    look = "        print(sorted(source.conditions()[device.uuid]))\n"
+    out = node.run(OPEN.format(uuid=gpu.uuid) + look, **old)
+    assert out == (
+        "integrated|gpu|0.1|power averaged over 1 s, integrated: sees all of the time\n"
+        "['power_limit_w', 'power_w', 'sm_clock_mhz', 'temperature_c', 'throttle']\n"
+    )
 
 
 def test_a_gpu_that_tells_neither_energy_nor_power_is_estimated_beside_the_others(node, gpu):
@@ -240,10 +244,33 @@ def test_a_driver_updated_under_the_running_system_is_one_sentence(node, gpu):
     assert process.returncode == 1
 
 
-def test_a_gpu_that_cannot_be_opened_is_one_sentence(node, gpu):
-    """A UUID this machine does not have, with the mend."""
-    process = node.start(OPEN.format(uuid=B))
-    assert f"GPU {B} cannot be opened (Not Found): name one that `nvidia-smi -L` lists" in process.communicate()[1]
+@pytest.mark.parametrize(
+    ("uuid", "sentence"),
+    [
+        (A, "(Insufficient Permissions): this user or container may not use it, ask the scheduler for it"),
+        (B, "(Not Found): name one that `nvidia-smi -L` lists"),
+    ],
+    ids=["a cgroup hides it", "another machine's"],
+)
+def test_a_gpu_that_cannot_be_opened_is_one_sentence(node, gpu, uuid, sentence):
+    """Which GPU, the driver's reason, and what to do."""
+    node.set(gpu, uuid=A, mode="blocked")
+    process = node.start(OPEN.format(uuid=uuid))
+    assert f"SensorError: GPU {uuid} cannot be opened {sentence}, or declare the power\n" in process.communicate()[1]
+
+
+def test_slices_named_by_cudas_uuid_are_one_shared_gpu(three):
+    """CUDA gives a slice's UUID without saying that it is one: both slices lead to the GPU, which is read once."""
+    three.add_mig("MIG-22222222-0000-0000-0000-000000000000", B)
+    out = three.run(
+        """
+        from moe.energy import select_sources
+        names = [f"GPU-{digit * 8}-0000-0000-0000-000000000000" for digit in "12"]
+        for device in select_sources(names)[0].devices:
+            print(device.uuid, device.note)
+        """
+    )
+    assert out == f"{B} whole GPU, shared: no energy is told per MIG slice\n"
 
 
 def test_a_grace_hopper_module_has_a_scope_of_its_own_and_no_host_is_added(node, gpu, tmp_path):

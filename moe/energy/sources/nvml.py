@@ -55,12 +55,26 @@ class NvmlSource:
         self.blind: list[str] = []
         self._gpus: list[_Gpu] = []
         try:
-            for uuid in uuids:
-                self._open(uuid, uuid in shared)
+            parents = {self._parent_of(uuid): uuid for uuid in uuids}
+            for parent, uuid in parents.items():
+                self._open(parent, shared=uuid in shared or parent != uuid)
         except SensorError:
             self.close()
             raise
         self.devices = tuple(gpu.device for gpu in self._gpus)
+
+    def _parent_of(self, uuid: str) -> str:
+        """The GPU itself; for CUDA's UUID of a MIG slice, which torch writes as `GPU-…` too, the GPU it is cut from."""
+        lib = self._nvml
+        try:
+            lib.nvmlDeviceGetHandleByUUID(uuid)
+        except lib.NVMLError:
+            try:
+                part = lib.nvmlDeviceGetHandleByUUID(f"MIG-{uuid.removeprefix('GPU-')}")
+                return str(lib.nvmlDeviceGetUUID(lib.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)))
+            except lib.NVMLError:
+                return uuid
+        return uuid
 
     def _open(self, uuid: str, shared: bool) -> None:
         lib = self._nvml

@@ -20,7 +20,7 @@ _REASONS = {
 def gpu_conditions(lib: Any, handle: Any, power: PowerSensor | None) -> dict[str, Any]:
     """The fields of a `reading` line that the driver tells; what it does not tell is left out. Five calls."""
     asks: dict[str, Callable[[], Any]] = {
-        "temperature_c": lambda: lib.nvmlDeviceGetTemperature(handle, lib.NVML_TEMPERATURE_GPU),
+        "temperature_c": lambda: _temperature_c(lib, handle),
         "sm_clock_mhz": lambda: lib.nvmlDeviceGetClockInfo(handle, lib.NVML_CLOCK_SM),
         "power_limit_w": lambda: lib.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
         "throttle": lambda: _reasons(lib, handle),
@@ -36,9 +36,16 @@ def gpu_conditions(lib: Any, handle: Any, power: PowerSensor | None) -> dict[str
     return found
 
 
+def _temperature_c(lib: Any, handle: Any) -> int:
+    try:
+        return int(lib.nvmlDeviceGetTemperatureV(handle, lib.NVML_TEMPERATURE_GPU))
+    except lib.NVMLError_FunctionNotFound:  # older drivers
+        return int(lib.nvmlDeviceGetTemperature(handle, lib.NVML_TEMPERATURE_GPU))
+
+
 def _reasons(lib: Any, handle: Any) -> list[str]:
     try:
         bits = lib.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except lib.NVMLError_FunctionNotFound:  # its name until driver 535
+    except lib.NVMLError_FunctionNotFound:  # its older name
         bits = lib.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     return [name for bit, name in _REASONS.items() if bits & bit]
