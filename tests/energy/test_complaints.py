@@ -119,7 +119,7 @@ def test_mig_over_reports(node, gpu, tmp_path):
 def test_silent_zero(node, gpu, tmp_path, mode):
     """6. No counter: power is integrated. A counter that stands still: a gap. Neither sensor: an estimate, named so."""
     node.set(gpu, mode=mode)
-    node.run(program(tmp_path / "ledger", 3.0 if mode == "stuck" else 1.0))
+    node.run(program(tmp_path / "ledger", 2.6 if mode == "stuck" else 0.6))
     fold = fold_ledgers([tmp_path / "ledger"])
     if mode == "stuck":
         stuck = "the energy counter is stuck at 5000000 mJ while the GPU draws 500 W"
@@ -127,7 +127,7 @@ def test_silent_zero(node, gpu, tmp_path, mode):
         assert f"{gpu.uuid}: reads failed once: {stuck}" in fold.notes
         assert fold.total.coverage < 1
     else:
-        assert fold.total.energy_j > 300
+        assert fold.total.energy_j > 200
         assert (fold.total.source, fold.total.measured) == {
             "unsupported": ("integrated", True),
             "blind": ("estimate:tdp", False),
@@ -247,10 +247,10 @@ def test_measuring_changes_the_thing(node, gpu, tmp_path):
     """14. One counter read a second and GPU, power at both ends, and never a process list."""
     node.set(gpu, uuid=B, bus=2)
     before = node.calls()
-    code = textwrap.dedent(program(tmp_path / "ledger", 4.0)).replace("interval_s=0.2", "interval_s=1.0")
+    code = textwrap.dedent(program(tmp_path / "ledger", 2.5)).replace("interval_s=0.2", "interval_s=1.0")
     node.run(code)
     calls = {name: count - before[name] for name, count in node.calls().items()}
-    assert calls["energy"] <= 2 * (4 + 1 + 3)  # one a second, plus: probe, start, stop
+    assert calls["energy"] <= 2 * (2.5 + 1 + 3)  # one a second, plus: probe, start, stop
     assert calls["power"] <= 2 * 3
     assert calls["processes"] == 0
 
