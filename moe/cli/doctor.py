@@ -31,8 +31,11 @@ def doctor(
 def _page(diagnosis: "Diagnosis") -> str:
     used = [sensor.device for sensor in diagnosis.sensors if sensor.by_default]
     sources = "+".join(sorted({device.source for device in used}))
-    verdict = f"a run here is metered by {sources}" if diagnosis.measured else f"a run here is not measured: {sources}"
-    lines = [f"{diagnosis.host}: {verdict}, scope {'+'.join(sorted({device.scope for device in used}))}", ""]
+    scopes = "+".join(sorted({device.scope for device in used}))
+    verdict = f"a run here is {'metered by' if diagnosis.measured else 'not measured:'} {sources}, scope {scopes}"
+    if not used:
+        verdict = "a run here cannot be metered before its GPUs can be read"
+    lines = [f"{diagnosis.host}: {verdict}", ""]
     heads = ("device", "name", "source", "scope", "band", "tick", "read")
     rows = [heads, *(_row(sensor) for sensor in diagnosis.sensors)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]

@@ -70,7 +70,8 @@ class Diagnosis:
 def examine(sys_root: Path = SYS) -> Diagnosis:
     """Look at this machine; takes about half a second. `sys_root` is where its sysfs is mounted."""
     missing: list[Missing] = []
-    gpus = _gpus(missing)
+    found = _gpus(missing)
+    gpus = found or []
     host = [host_source(sys_root)]
     node = node_counter(sys_root)
     if node is None:
@@ -81,26 +82,26 @@ def examine(sys_root: Path = SYS) -> Diagnosis:
                 mend="`moe energy node RUN FILE` joins readings of a PDU, IPMI, Redfish or SLURM later",
             )
         )
-    sensors = _watch(gpus, by_default=True) + _watch(host, by_default=not gpus)
+    sensors = _watch(gpus, by_default=True) + _watch(host, by_default=found == [])
     for source in (*gpus, *host, *([node] if node else [])):
         source.close()
     missing += _host_missing(sys_root, sensors)
     used = [sensor for sensor in sensors if sensor.by_default]
-    measured = all(is_measured(sensor.device.source) and sensor.failure is None for sensor in used)
+    measured = bool(used) and all(is_measured(sensor.device.source) and sensor.failure is None for sensor in used)
     return Diagnosis(host=socket.gethostname(), measured=measured, sensors=sensors, missing=missing)
 
 
-def _gpus(missing: list[Missing]) -> list[Source]:
-    """The sources of the visible GPUs; what hinders them is added to `missing`."""
+def _gpus(missing: list[Missing]) -> list[Source] | None:
+    """The sources of the visible GPUs; None when there are some and they cannot be read. What hinders is `missing`."""
     try:
         gpus = visible_gpus()
         sources = gpu_sources(gpus)
     except MoEError as error:
         why, _, mend = str(error).partition(": ")
         missing.append(Missing(what="GPUs", why=why, mend=mend))
-        return []
+        return None
     if not gpus:
-        missing.append(Missing(what="GPUs", why=_why_no_gpu(), mend="nothing, where there are none"))
+        missing.append(_no_gpu())
     idle = _unloaded_when_idle([gpu.uuid for gpu in gpus if gpu.uuid.startswith("GPU-")])
     if idle:
         missing.append(
@@ -113,12 +114,14 @@ def _gpus(missing: list[Missing]) -> list[Source]:
     return sources
 
 
-def _why_no_gpu() -> str:
+def _no_gpu() -> Missing:
     try:
         nvml().nvmlShutdown()
     except SensorError as error:
-        return str(error).partition(": ")[0]
-    return "CUDA_VISIBLE_DEVICES and cgroups leave none of the GPUs there are"
+        why, _, mend = str(error).partition(": ")
+        return Missing(what="GPUs", why=why, mend=f"where there are some: {mend}")
+    why = "CUDA_VISIBLE_DEVICES and cgroups leave none of the GPUs there are"
+    return Missing(what="GPUs", why=why, mend="name some, or ask the scheduler for some")
 
 
 def _unloaded_when_idle(uuids: Sequence[str]) -> int:

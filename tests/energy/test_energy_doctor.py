@@ -15,7 +15,10 @@ NODE_MEND = (
     "- whole node: it has no counter that can be read from here; "
     "`moe energy node RUN FILE` joins readings of a PDU, IPMI, Redfish or SLURM later"
 )
-NO_GPU = "- GPUs: NVML cannot be used (NVML Shared Library Not Found); nothing, where there are none"
+NO_GPU = (
+    "- GPUs: NVML cannot be used (NVML Shared Library Not Found); "
+    "where there are some: let the container see the driver's utilities, or declare the power"
+)
 
 
 @pytest.fixture
@@ -178,8 +181,17 @@ def test_what_is_wrong_with_a_gpu_stands_below_the_table(node, gpu, doctor, chan
 
 
 def test_a_broken_driver_is_told_from_none(node, gpu, doctor):
+    """The host is no way out: a run that sees GPUs it cannot read stops with the same sentence."""
     node.set_machine(init_code=18)
-    assert "the driver was updated under the running system, reboot the node" in doctor()
+    page = doctor()
+    assert f"{HOST}: a run here cannot be metered before its GPUs can be read\n" in page
+    assert "; the driver was updated under the running system, reboot the node, or declare the power\n" in page
+    assert json.loads(doctor("--json"))["measured"] is False
+
+
+def test_a_missing_nvidia_ml_py_is_named_with_its_pip_line(node, doctor):
+    page = doctor(user="import sys; sys.modules['pynvml'] = None")
+    assert "- GPUs: nvidia-ml-py is not installed; where there are some: `pip install nvidia-ml-py`" in page
 
 
 def test_hidden_gpus_are_told_from_none(node, gpu, doctor):
