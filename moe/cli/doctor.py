@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe.cli.printable import printable
+
 if TYPE_CHECKING:
     from moe.energy.doctor import Diagnosis, Sensor
 
@@ -52,7 +54,7 @@ def _page(diagnosis: "Diagnosis") -> str:
         lines += ["", *remarks]
     if diagnosis.missing:
         lines += ["", "not measured", *(f"- {lack.what}: {lack.why}; {lack.mend}" for lack in diagnosis.missing)]
-    return "\n".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
+    return printable("\n".join(lines))
 
 
 def _row(sensor: "Sensor") -> tuple[str, ...]:

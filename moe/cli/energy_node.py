@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe.cli.ledgers import ledgers_of
+from moe.cli.printable import printable
 
 __all__ = ["node"]
 
@@ -38,7 +39,7 @@ def node(
         print(json.dumps(vars(result), indent=2, allow_nan=False))
         return
     share = "" if result.unseen_share is None else f" ({result.unseen_share:.1%} of the node)"
-    print(f"{result.source}, {result.elapsed_s:,.0f} s metered, node known for {result.coverage:.1%}")
+    print(printable(f"{result.source}, {result.elapsed_s:,.0f} s metered, node known for {result.coverage:.1%}"))
     print(f"node     {result.node_j:>16,.1f} J, its devices inside")
     print(f"devices  {result.device_j:>16,.1f} J")
     print(f"unseen   {result.unseen_j:>16,.1f} J{share}")

@@ -277,6 +277,8 @@ def test_the_command_prints_both_sums_and_what_no_device_saw(tmp_path, run):
         "unseen           20,000.0 J (20.0% of the node)\n"
     )
     assert json.loads(moe("pdu.csv", "--json").stdout)["unseen_share"] == pytest.approx(0.2)
+    (tmp_path / "evil.csv").write_text(csv_of(1000, range(0, 110, 10), "\x1b[2Jevil"))
+    assert moe("evil.csv").stderr == "moe: the readings are of [2jevil, the run used node1\n"
     done = moe()
     assert (done.returncode, done.stderr) == (
         2,

@@ -126,7 +126,8 @@ def _read_segments(file: FileFold) -> Iterator[Segment]:
 
 
 def _short(host: str) -> str:
-    return host.partition(".")[0].lower()
+    """A host's name up to the first dot, fit to be printed: it comes from files."""
+    return "".join(c for c in host.partition(".")[0].lower() if c.isprintable())
 
 
 def _merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:
