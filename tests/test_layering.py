@@ -21,7 +21,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.errors"},),
     ({"moe_kernels"}, {"moe.energy"}),
     ({"moe.rundir", "moe.config", "moe.accounting"},),
-    ({"moe.balance", "moe.parallel", "moe.parallel.ranks", "moe.parallel.all_to_all"},),
+    ({"moe.balance", "moe.parallel", "moe.parallel.ranks", "moe.parallel.clipping", "moe.parallel.all_to_all"},),
     ({"moe.layers"},),
     ({"moe.cache", "moe.generate"},),  # below the model, whose generate() is a method
     ({"moe.model"},),

@@ -137,6 +137,12 @@ def test_installed_command_prints_help(installed: Path) -> None:
     assert (installed / "bin" / "moe").is_file()
 
 
+def test_installed_factors_can_be_read(installed: Path) -> None:
+    """Every table of the footprint is in the installed copy."""
+    code = "from moe.energy.footprint.factors import TABLES, table; print(all(table(name) for name in TABLES))"
+    assert python(installed, code).strip() == "True"
+
+
 def test_installed_recipes_can_be_copied(installed: Path, tmp_path: Path) -> None:
     """Without a checkout: every recipe is listed, and the copy of one that imports another prints its --help."""
     ask = "import sys; from moe.cli import main; sys.argv = ['moe', 'recipe', *{words!r}]; main()"

@@ -22,6 +22,9 @@ class DataConfig(Section):
     weights: tuple[float, ...] = setting((), above=0, doc="share of the sequences from each source, in any unit")
     text_field: str = setting("text", doc="field or column that holds the text of a JSONL, Parquet or hf: row")
     streaming: bool = setting(False, doc="read sources as training goes on, in their own order, and keep nothing")
+    shuffle_buffer: int = setting(
+        0, at_least=0, doc="streaming: shuffle so many documents at a time; 0 for the source's own order"
+    )
     tokenizer: str | None = setting(
         None,
         doc="a tokenizer.json or a folder with one; none: trained on the text, with model.vocab_size tokens, or that "

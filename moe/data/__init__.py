@@ -1,6 +1,6 @@
 """Text to batches: sources -> documents -> tokenizer -> tokens, in memory, in shards or as a stream -> sequences."""
 
-from moe.data.given import data_from_tokens
+from moe.data.given import WithinVocabulary, data_from_tokens
 from moe.data.load import Sampling, TrainingData, load_data, make_tokenizer, open_sources
 from moe.data.mixture import Mixture
 from moe.data.prefetch import Prefetch
@@ -15,6 +15,7 @@ __all__ = [
     "SequenceReader",
     "Sequences",
     "TrainingData",
+    "WithinVocabulary",
     "data_from_tokens",
     "load_data",
     "make_tokenizer",

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from moe.config import DataConfig
 from moe.data.mixture import Mixture
-from moe.data.sequences import SequenceReader, Sequences
+from moe.data.sequences import CountedSequences, SequenceReader, Sequences
 from moe.data.shards import PreparedFolder
+from moe.data.shuffle import ShuffledDocuments
 from moe.data.sources import Source, open_source
 from moe.data.streaming import TokenStream, fingerprint
 from moe.data.tokenizer import DocumentEncoder, copy_tokenizer, tokenizer_file, train_tokenizer
@@ -33,7 +34,7 @@ class TrainingData:
     """What the trainer reads. `end_token` is the id that ends a document."""
 
     train: SequenceReader
-    validation: Sequences | Mixture
+    validation: CountedSequences
     facts: DataFacts
     end_token: int
 
@@ -124,6 +125,8 @@ def _streamed(source: Source, config: DataConfig, encoder: DocumentEncoder, samp
     texts = list(islice(source.documents("validation"), config.validation_documents))
     validation = tokenise_split(source.name, texts, encoder)
     documents = source.stream(sampling.rank, sampling.ranks)
+    if config.shuffle_buffer:
+        documents = ShuffledDocuments(documents, config.shuffle_buffer, sampling.seed)
     left_out = frozenset(map(fingerprint, texts))
     train = TokenStream(source.name, documents, encoder, sampling.seq_len, left_out, ranks=sampling.ranks)
     train_sha256 = joint_sha256((source.name,))

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe.data.tokens import Tokens
 from moe.errors import ConfigError
 
-__all__ = ["SequenceReader", "Sequences", "document_ids"]
+__all__ = ["CountedSequences", "SequenceReader", "Sequences", "document_ids"]
 
 
 class SequenceReader(Protocol):
@@ -24,6 +24,12 @@ class SequenceReader(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
+
+
+class CountedSequences(SequenceReader, Protocol):
+    """Sequences that come to an end, as those for evaluation do."""
+
+    def __len__(self) -> int: ...
 
 
 class Sequences:

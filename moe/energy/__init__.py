@@ -12,7 +12,6 @@ ledger -> totals -> footprint. Knows no model and imports no torch.
 """
 
 from moe.energy.fold import Fold, fold_ledgers
-from moe.energy.footprint import footprint
 from moe.energy.ledger import read_ledger
 from moe.energy.meter import METERED_BY, EnergyMeter
 from moe.energy.sources import Device, Source, VisibleGpu, select_sources, visible_gpus
@@ -30,7 +29,6 @@ __all__ = [
     "VisibleGpu",
     "Window",
     "fold_ledgers",
-    "footprint",
     "read_ledger",
     "select_sources",
     "visible_gpus",

@@ -128,6 +128,11 @@ class Fold:
     notes: list[str]
 
     @property
+    def tokens(self) -> int | None:
+        """Tokens of the final lineage, as the first ledger tells them; None when it never did."""
+        return next((file.segments[-1].tokens or None for file in self.files if file.segments), None)
+
+    @property
     def devices_at_once(self) -> int:
         """The most devices the run held at one moment, all nodes together: those its device-hours count."""
         spans = [
@@ -158,7 +163,7 @@ class Fold:
         return None if self.total.energy_j is None else energy_mj / 1000, device_ns / NS_PER_HOUR
 
     def to_json(self, footprint: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The run as `moe energy report --json` prints it."""
+        """The run as `moe energy report --json` prints it; `footprint` is that of `moe.energy.footprint`."""
         return {
             "total": vars(self.total),
             "devices": [vars(device) for device in self.devices],

@@ -126,6 +126,7 @@ class Segment:
         self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"])) for d in header["devices"]}
         self.node_points: list[tuple[int, int]] = []  # boottime_ns, millijoules of the whole node's counter
         self.spans: list[_Span] = []
+        self.tokens: int = header["resumed_tokens"]  # of the lineage, as far as the last mark that told them
         self._step: int = header["resumed_step"]
         self._told_step = False
 
@@ -161,6 +162,8 @@ class Segment:
         before = self._step
         if record["step"] is not None:  # until the program tells a step, it works on the one after resumed_step
             self._step, self._told_step = record["step"], True
+        if record["tokens"] is not None:
+            self.tokens = record["tokens"]
         self.spans.append(_Span(start_ns, record["boottime_ns"], phase_ns, before, self._step))
 
     @property

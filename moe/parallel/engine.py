@@ -19,6 +19,7 @@ from moe.checkpoint import Snapshot, capture, load_checkpoint
 from moe.config import TrainConfig
 from moe.model import Transformer
 from moe.parallel import ranks
+from moe.parallel.clipping import scale, sum_of_squares
 
 __all__ = ["Engine"]
 
@@ -69,7 +70,10 @@ class Engine:
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
         """Scale the gradient of the global batch to at most `max_norm`; return its norm before."""
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = sum_of_squares(gradients).sqrt().float()
+        scale(gradients, norm, max_norm)
+        return norm
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the optimizer and forget the gradients."""

@@ -23,6 +23,7 @@ from moe.checkpoint import Snapshot, load_checkpoint, random_states
 from moe.config import Recipe
 from moe.model import Transformer
 from moe.parallel import ranks
+from moe.parallel.clipping import scale, sum_of_squares
 from moe.parallel.engine import Engine
 
 __all__ = ["ZeroEngine"]
@@ -60,7 +61,7 @@ class ZeroEngine(Engine):
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch(self.ranks),
             "gradient_accumulation_steps": train.accumulation(self.ranks),
-            "gradient_clipping": self._recipe.optim.grad_clip,
+            "gradient_clipping": 0.0,  # none by DeepSpeed, whose default is 1: `clip` does it
             "zero_optimization": {
                 "stage": self._stage,
                 "reduce_bucket_size": _BUCKET,
@@ -91,14 +92,15 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """The gradient's norm, infinite when any of it is not finite; DeepSpeed scales it in `update`."""
-        squares = [
-            (gradient.double() ** 2).sum() for group in self._zero.averaged_gradients.values() for gradient in group
-        ]
-        return ranks.all_reduce_sum(torch.stack(squares).sum()).sqrt().float().nan_to_num(nan=torch.inf)
+        """Scale this rank's part of the gradient; return the norm of all, infinite when any of it is not finite."""
+        mine = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+        squares = ranks.all_reduce_sum(sum_of_squares(mine).to(self.device))
+        norm = squares.sqrt().float().nan_to_num(nan=torch.inf)
+        scale(mine, norm, max_norm)
+        return norm
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, step the optimizer on this rank's part, gather the weights, forget the gradients."""
+        """Step the optimizer on this rank's part, gather the weights, forget the gradients."""
         self._engine.step()
 
     def drop(self, optimizer: torch.optim.Optimizer) -> None:

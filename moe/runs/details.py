@@ -1,6 +1,5 @@
 """What one run is and holds: model, data and schedule, both loss curves, cost, checkpoints, command."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +8,12 @@ from typing import Any
 from moe import accounting
 from moe.config import Recipe
 from moe.energy import fold_ledgers
-from moe.errors import CheckpointError, CompareError, ConfigError
+from moe.errors import CompareError, ConfigError
 from moe.rundir import RunDir, read_metrics
+from moe.runs.checkpoints import Checkpoint, check_sizes, read_checkpoints
 from moe.runs.status import RunStatus, read_status
 
-__all__ = ["Checkpoint", "RunDetails", "read_checkpoints", "read_details"]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint; `fault` says in a sentence why it is not whole."""
-
-    name: str
-    size_bytes: int
-    fault: str | None
+__all__ = ["RunDetails", "read_details"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,32 +68,5 @@ def read_details(path: Path, check: Callable[[Path], None] | None = None) -> Run
         eval_losses=[(row["train/step"], row["eval/loss"]) for row in rows if "eval/loss" in row],
         cost=vars(fold.total) if fold else {},
         cost_notes=fold.notes if fold else [],
-        checkpoints=read_checkpoints(run, check or _check_sizes),
+        checkpoints=read_checkpoints(run, check or check_sizes),
     )
-
-
-def read_checkpoints(run: RunDir, check: Callable[[Path], None]) -> list[Checkpoint]:
-    """The run's checkpoints, oldest first. `check` raises CheckpointError for one that is not whole."""
-    found = []
-    for path in sorted(run.checkpoints.glob("step_????????")):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        try:
-            check(path)
-        except CheckpointError as error:
-            found.append(Checkpoint(path.name, size, str(error)))
-        else:
-            found.append(Checkpoint(path.name, size, None))
-    return found
-
-
-def _check_sizes(path: Path) -> None:
-    """Quickly: every file of the manifest is there with its size; what is in it is not read."""
-    try:
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-        sizes = {Path(name).name: expected["bytes"] for name, expected in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} has no readable manifest") from None
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} does not have the size its manifest says")

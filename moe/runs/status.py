@@ -1,7 +1,7 @@
 """How a run stands: its state, how far it is, what it reached and what it cost so far.
 
     running       a living process holds the ledger's lock
-    complete      at train.max_steps, and ended by itself
+    complete      at train.max_steps, with a whole checkpoint of it, and ended by itself
     stopped       ended by itself before that: a signal, a budget, an error; the same command goes on
     killed        its last process wrote no end to the ledger; the same command goes on
     not trained   no step is logged yet
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.energy.locks import is_locked
-from moe.errors import ConfigError, MoEError
+from moe.errors import CheckpointError, ConfigError, MoEError
 from moe.rundir import RunDir, read_metrics
+from moe.runs.checkpoints import check_sizes
 
 if TYPE_CHECKING:
     from moe.energy import Fold
@@ -102,4 +103,8 @@ def _state(run: RunDir, step: int, max_steps: int, fold: "Fold | None") -> str:
         return "not trained"
     if fold and fold.files[0].segments[-1].end_reason is None:
         return "killed"
-    return "complete" if (run.checkpoints / f"step_{max_steps:08d}").is_dir() else "stopped"
+    try:
+        check_sizes(run.checkpoints / f"step_{max_steps:08d}")
+    except CheckpointError:
+        return "stopped"
+    return "complete"

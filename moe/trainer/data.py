@@ -1,11 +1,14 @@
 """A run's data: the first rank puts the tokenizer into the run directory, every rank reads it there and loads alike."""
 
+import dataclasses
+
 from moe.config import Recipe
-from moe.data import DataFacts, Sampling, TrainingData, load_data, make_tokenizer, open_sources
+from moe.data import DataFacts, Sampling, TrainingData, WithinVocabulary, load_data, make_tokenizer, open_sources
 from moe.errors import ConfigError
 from moe.parallel import ranks
 from moe.rundir import RunDir, write_json
 from moe.trainer.hooks import Hooks
+from moe.trainer.signals import interruptible
 
 __all__ = ["load_run_data"]
 
@@ -16,7 +19,8 @@ def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -
     Raises DataError, and ConfigError when the run was trained on other text: half a curve on each would be no curve.
     """
     sampling = Sampling(seq_len=recipe.train.seq_len, seed=recipe.run.seed, rank=ranks.rank(), ranks=ranks.world_size())
-    data = hooks.data(recipe, sampling) or _from_sources(recipe, run, sampling, trained=trained)
+    own = hooks.data(recipe, sampling)
+    data = _checked(own, recipe) if own else _from_sources(recipe, run, sampling, trained=trained)
     if data.facts.vocab_size > recipe.model.vocab_size:
         recipe.model.fail("vocab_size", f"is less than the {data.facts.vocab_size} tokens of the data; make them equal")
     if trained and run.data.is_file():
@@ -32,12 +36,22 @@ def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -
     return data
 
 
+def _checked(own: TrainingData, recipe: Recipe) -> TrainingData:
+    """A hook's data, every batch of which is looked at before the model sees it."""
+    train, validation = (
+        WithinVocabulary(reader, own.facts.source, recipe.model.vocab_size) for reader in (own.train, own.validation)
+    )
+    return dataclasses.replace(own, train=train, validation=validation)
+
+
 def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
-    sources = open_sources(recipe.data)
+    sources, vocab_size = open_sources(recipe.data), recipe.model.vocab_size
     if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        make_tokenizer(sources, recipe.data, recipe.model.vocab_size, run.tokenizer)
+        interruptible(lambda: make_tokenizer(sources, recipe.data, vocab_size, run.tokenizer))
     ranks.barrier()
-    return load_data(sources, recipe.data, run.tokenizer, recipe.model.vocab_size, sampling, verify=ranks.is_first())
+    return interruptible(
+        lambda: load_data(sources, recipe.data, run.tokenizer, vocab_size, sampling, verify=ranks.is_first())
+    )
 
 
 def _check_same(recipe: Recipe, run: RunDir, facts: DataFacts) -> None:

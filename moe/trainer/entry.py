@@ -29,7 +29,7 @@ from moe.trainer.environment import describe
 from moe.trainer.hooks import Hooks
 from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
-from moe.trainer.signals import StopRequest
+from moe.trainer.signals import Stopped, StopRequest
 from moe.trainer.start import Start, discard_later, find_start
 
 __all__ = ["exit_with", "main", "train"]
@@ -115,7 +115,13 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         tracking = Tracking(recipe, run, segment=meter.segment, resumed_step=start.step)
         closing.callback(tracking.close)
         meter.phase("data")
-        data = load_run_data(recipe, run, hooks, trained=start.trained)
+        try:
+            with stop.at_once():
+                data = load_run_data(recipe, run, hooks, trained=start.trained)
+        except Stopped:
+            outcome = Outcome(start.step, stop.signal.name if stop.signal else "SIGTERM")
+            ranks.say(_farewell(run, outcome))
+            return outcome
         meter.phase("idle")
         loop = _loop(recipe, run, engine, start, data, hooks, meter, tracking, stop)
         ranks.say(f"memory: {memory.sentence(memory.budget(recipe, loop.micro_batch))}")

@@ -4,11 +4,22 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "Stopped", "interruptible"]
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Stopped(BaseException):
+    """A signal came where there is nothing to finish. Like KeyboardInterrupt it is no error, so nothing mistakes it."""
 
 
 class StopRequest:
@@ -20,12 +31,24 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._at_once = False
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             _die_with_parent()
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises Stopped: what blocks, or takes minutes, is left there; see `interruptible`."""
+        self._at_once = True
+        try:
+            if self:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
@@ -36,6 +59,25 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if self._at_once:
+            raise Stopped
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises, in a thread of its own, which is left to itself when a signal raises here.
+
+    Python handles a signal once the main thread is back from what it called; a tokenizer's Rust may take minutes.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="interruptible", daemon=True).start()
+    return done.result()
 
 
 def _die_with_parent() -> None:

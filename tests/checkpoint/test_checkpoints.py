@@ -1,10 +1,13 @@
 """Snapshots and their writer: what is kept, what a failing disk does, and that training cannot change a snapshot."""
 
 import os
+import resource
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,45 @@ def test_a_failed_write_reaches_the_trainer(tmp_path: Path) -> None:
             saver.wait()
     verify(tmp_path / "checkpoints" / "step_00000001")
     saver.close()
+
+
+def test_a_refused_write_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The disk refuses one write in the background: the next save says so and is written; two in a row end the run."""
+    trained = Trained()
+    saver = Saver(tmp_path, keep=9, keep_every_steps=None, background=True)
+    saver.save(1, trained.snapshot)
+    saver.wait()
+    with no_room():
+        saver.save(2, trained.snapshot)
+        saver._writer.submit(bool).result()  # the writer is through with it
+    assert _names(tmp_path) == ["step_00000001"]
+    assert capsys.readouterr().err == ""
+    saver.save(3, trained.snapshot)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/step_00000002 cannot be written (" in said
+    assert said.endswith("File too large (os error 27)); earlier checkpoints are whole; trying again at step 3\n")
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000003"]
+    with no_room():
+        saver.save(4, trained.snapshot)
+        with pytest.raises(CheckpointError, match="step_00000005 cannot be written"):
+            saver.save(5, trained.snapshot)
+    assert "step_00000004 cannot be written (" in capsys.readouterr().err
+    saver.save(6, trained.snapshot)
+    saver.close()
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000003", "step_00000006"]
+    for path in list_checkpoints(tmp_path):
+        verify(path)
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """The kernel refuses files of more than 4 KiB, as a full disk or a quota does, to root too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -195,6 +196,23 @@ def test_a_branch_can_be_branched_before_its_decay(place: Path, monkeypatch: pyt
     facts, first = made.read_json(made.branch), json.loads(Path("runs/trunk-at-15/branch.json").read_text())
     assert facts == {**first, "trunk": "trunk-at-15"}
     assert Recipe.read(made.config).train.max_steps == AT + 9
+
+
+def test_the_branch_keeps_a_saved_tokenizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files, though the originals are gone: only tokenizer_config.json says which token ends a document."""
+    monkeypatch.chdir(place)
+    saved, trunk = Path("saved"), RunDir(Path("runs/given"))
+    saved.mkdir()
+    shutil.copy("runs/trunk/tokenizer.json", saved)
+    tiny = runpy.run_path(str(ROOT / "tests/trainer/tiny_recipe.py"))["RECIPE"]
+    words = ["run.name=given", "data.source=text", "data.tokenizer=saved", "data.end_token=e", "train.max_steps=5"]
+    assert train(parse_overrides(tiny, [*TRUNK, *words])).step == 5
+    shutil.rmtree(saved)
+    made = branch(RunDir.existing(trunk.root), 5, 2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (made.root / name).read_bytes() == (trunk.root / name).read_bytes()
+    assert json.loads((made.root / "tokenizer_config.json").read_text())["eos_token"] == "e"
+    assert train(recipe_of([str(made.root)])) == Outcome(7, "complete", metrics=ANY)
 
 
 def test_the_trainer_says_what_is_wrong(place: Path) -> None:

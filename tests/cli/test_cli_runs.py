@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     runs = folder / "runs"
-    for name in ("halted", "killed", "untrained", "broken"):
+    for name in ("halted", "killed", "untrained", "broken", "lost", "cut"):
         shutil.copytree(runs / "done", runs / name)
     config = json.loads((runs / "halted" / "config.json").read_text())
     config["train"]["max_steps"] = 50
@@ -59,20 +59,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (runs / "untrained" / "metrics.jsonl").unlink()
     (runs / "broken" / "config.json").write_text("{")
     (runs / "holiday pictures").mkdir()
+    last = "checkpoints/step_00000012"
+    shutil.rmtree(runs / "lost" / last)
+    os.truncate(runs / "cut" / last / "optimizer.safetensors", 1000)
     return folder
 
 
 def test_list_tells_the_state_of_every_folder(folder: Path) -> None:
-    """By what the files say; a folder that is no run, and one that is broken, are listed with a sentence."""
+    """By what the files say; a folder that is no run, and one that is broken, are listed with a sentence.
+
+    A run whose last checkpoint is gone or not whole is not complete: the same command goes on from the one before.
+    """
     done = moe(folder, "list", "--json")
     assert done.returncode == 0, done.stderr
     runs = {run["name"]: run for run in json.loads(done.stdout)}
     assert {name: run["state"] for name, run in runs.items()} == {
         "broken": "broken",
+        "cut": "stopped",
         "done": "complete",
         "halted": "stopped",
         "holiday pictures": "no run",
         "killed": "killed",
+        "lost": "stopped",
         "untrained": "not trained",
     }
     assert "is not valid JSON" in runs["broken"]["problem"]
@@ -144,6 +152,25 @@ def test_show_is_one_screen(folder: Path) -> None:
     assert details["status"]["state"] == "complete"
     assert [checkpoint["name"] for checkpoint in details["checkpoints"]] == ["step_00000006", "step_00000012"]
     assert all(checkpoint["fault"] is None and checkpoint["size_bytes"] > 1e4 for checkpoint in details["checkpoints"])
+
+
+def test_show_a_streamed_run(folder: Path) -> None:
+    """Nobody knows how long a stream is: the page says so, and JSON has null."""
+    rows = "".join(json.dumps({"text": f"document {number} " * 40}) + "\n" for number in range(30))
+    (folder / "rows.jsonl").write_text(rows)
+    words = ("run.name=streamed", "run.directory=elsewhere", "data.source=rows.jsonl", "data.streaming=true",
+             "train.max_steps=2", "train.eval_sequences=1", "model.vocab_size=260")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(RECIPE), *words], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    shown = moe(folder, "show", "elsewhere/streamed")
+    assert shown.returncode == 0, shown.stderr
+    assert "rows.jsonl: a stream of training and " in shown.stdout
+    assert "streamed, complete" in shown.stdout
+    details = json.loads(moe(folder, "show", "elsewhere/streamed", "--json").stdout)
+    assert details["data"]["train_tokens"] is None
+    assert details["data"]["validation_tokens"] > 0
 
 
 def test_show_finds_what_is_not_whole(folder: Path) -> None:

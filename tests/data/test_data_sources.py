@@ -71,18 +71,51 @@ def test_a_text_file_is_cut_in_two(tmp_path: Path) -> None:
 
 
 def test_rows_are_documents(tmp_path: Path) -> None:
-    """JSONL, gzipped or not, and Parquet give the same rows from the named field, in order, split by row."""
+    """JSONL, compressed or not, and Parquet give the same rows from the named field, in order, split by row."""
     import pyarrow
+    import zstandard
     from pyarrow import parquet
 
     plain = write_jsonl(tmp_path / "rows.jsonl", TEXTS, field="body")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(plain.read_bytes()))
     table = pyarrow.table({"id": range(40), "body": TEXTS})
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=7)
-    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"):
         train, validation = splits(opened(tmp_path / name, text_field="body", validation_fraction=0.1))
         assert validation == TEXTS[::10]
         assert train == [text for number, text in enumerate(TEXTS) if number % 10]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_text_is_text(tmp_path: Path, suffix: str) -> None:
+    """Alone and in a folder, with lines ended either way; compressed parts one after another are one file."""
+    import zstandard
+
+    compress = {"gz": gzip.compress, "zst": zstandard.compress}[suffix]
+    first, second = (("ü" * 70_000 + "\r\n" + end).encode() for end in ("ab" * 400, "cd" * 50))
+    (tmp_path / "text").write_bytes(first + second)
+    (tmp_path / f"text.{suffix}").write_bytes(compress(first) + compress(b"") + compress(second))
+    assert splits(opened(tmp_path / f"text.{suffix}")) == splits(opened(tmp_path / "text"))
+    for number in range(4):
+        file = tmp_path / "folder" / f"{number}.txt.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(compress(f"document {number}\n".encode()))
+    train, validation = splits(opened(tmp_path / "folder"))
+    assert sorted(train + validation) == [f"document {number}\n" for number in range(4)]
+
+
+def test_a_long_window_is_decompressed(tmp_path: Path) -> None:
+    """Files of `zstd --long`, as large corpora are kept, need more memory than zstandard grants by itself."""
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, hash_log=8, chain_log=8, strategy=1)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # which cannot know the size ahead
+    file = tmp_path / "rows.jsonl.zst"
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    file.write_bytes(writer.compress(rows.encode()) + writer.flush())
+    train, validation = splits(opened(file))
+    assert sorted(train + validation) == sorted(TEXTS)
 
 
 def test_a_folder_counts_rows_over_its_files(tmp_path: Path) -> None:
@@ -140,12 +173,14 @@ def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_missing_optional_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `datasets` or `pyarrow` the sentence says what to install; text and JSONL need neither."""
-    for package in ("datasets", "pyarrow"):
+    """Without a package the sentence says what to install; plain and gzipped text and JSONL need none."""
+    for package in ("datasets", "pyarrow", "zstandard"):
         monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "rows.parquet").write_bytes(b"")
     assert sentence("hf:some/name") == "data.source='hf:some/name' needs datasets; pip install 'frugal-moe[data]'"
     assert "needs pyarrow; pip install 'frugal-moe[data]'" in sentence(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"")
+    assert "rows.jsonl.zst needs zstandard; pip install 'frugal-moe[data]'" in sentence(tmp_path / "rows.jsonl.zst")
     assert splits(opened(write_jsonl(tmp_path / "rows.jsonl", TEXTS)))
 
 
@@ -166,6 +201,7 @@ def test_text_that_cannot_be_read(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     """File and line, or file and column, and what there is instead; damaged files."""
     import pyarrow
+    import zstandard
     from pyarrow import parquet
 
     rows = tmp_path / "rows.jsonl"
@@ -180,6 +216,15 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps({"text": "a" * 1000}).encode())[:-12])
     assert f"{cut} is damaged" in sentence(cut)
+    whole = zstandard.compress(json.dumps({"text": "a" * 1000}).encode())
+    cut = tmp_path / "cut.jsonl.zst"
+    for damaged, why in (
+        (whole[:-3], "it ends within a zstandard frame"),
+        (whole + whole[:5], "it ends within a zstandard frame"),
+        (b"plain text, misnamed", "zstd decompressor error"),
+    ):
+        cut.write_bytes(damaged)
+        assert f"{cut} is damaged ({why}" in sentence(cut)
     table = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), table)
     assert "has no column of text named data.text_field='text'; it has 'body', 'text'" in sentence(table)

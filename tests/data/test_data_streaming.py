@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def test_ranks_share_the_documents_and_validation_has_its_own(load: Load, tokeni
     assert one.facts.validation_bytes > 0
 
 
-def test_a_stream_goes_on_where_it_was(load: Load) -> None:
+@pytest.mark.parametrize("shuffle_buffer", [0, 7], ids=["in order", "shuffled"])
+def test_a_stream_goes_on_where_it_was(load: Load, shuffle_buffer: int) -> None:
     """From any batch on, across epochs, a stream restored from JSON gives the same sequences to the last bit."""
+    load = partial(load, shuffle_buffer=shuffle_buffer)
     straight = load(1, 2)
     places, batches = [], []
     for number in range(60):
@@ -92,6 +95,17 @@ def test_a_stream_goes_on_where_it_was(load: Load) -> None:
     again.restore(json.loads(places[7]))
     assert torch.equal(again.batch(28, 2), batches[7]), "also in a stream that had gone elsewhere"
     assert max(map(len, places)) < 3000, "the state does not grow with what was read"
+
+
+def test_a_shuffled_stream_has_the_same_documents(load: Load, tokenizer: Path) -> None:
+    """Each rank those of its share and no other, in another order for another seed, and never validation's."""
+    plain, shuffled, other = (load(0, 2, **fields) for fields in ({}, {"shuffle_buffer": 7}, {"shuffle_buffer": 9}))
+    assert torch.equal(plain.validation.batch(0, 3), shuffled.validation.batch(0, 3))
+    assert shuffled.facts == plain.facts
+    assert heads(plain, tokenizer, 400) == heads(shuffled, tokenizer, 400) == heads(other, tokenizer, 400)
+    first = [load(0, 2, **fields).train.batch(0, 9) for fields in ({}, {"shuffle_buffer": 7}, {"shuffle_buffer": 9})]
+    assert not any(torch.equal(first[one], first[two]) for one, two in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(load(0, 2, shuffle_buffer=7).train.batch(0, 9), first[1])
 
 
 def test_prefetching_keeps_the_place_of_what_was_taken(load: Load) -> None:
@@ -117,10 +131,11 @@ def test_another_number_of_ranks_is_refused(load: Load) -> None:
         load(0, 4).train.restore(place)
 
 
-def test_a_rank_without_documents(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("shuffle_buffer", [0, 2], ids=["in order", "shuffled"])
+def test_a_rank_without_documents(tmp_path: Path, tokenizer: Path, shuffle_buffer: int) -> None:
     """More ranks than documents: a sentence, not an endless search; so when all there is is held out."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [TEXTS[0] * 9, TEXTS[1], TEXTS[2]])
-    config = DataConfig(source=str(rows), streaming=True, validation_fraction=0.1)
+    config = DataConfig(source=str(rows), streaming=True, validation_fraction=0.1, shuffle_buffer=shuffle_buffer)
     data = load_data(open_sources(config), config, tokenizer, 300, Sampling(seq_len=SEQ_LEN, seed=1, rank=2, ranks=3))
     with pytest.raises(DataError, match="has no text for each of 3 ranks; launch fewer, or give more documents"):
         data.train.batch(0, 1)

@@ -133,18 +133,20 @@ def test_devices_can_be_chosen(node, gpu, tmp_path):
 
 
 def test_the_report_as_json(moe, tmp_path):
-    """The contract's keys and nothing on stdout but JSON; factors only where given."""
+    """The contract's keys and nothing on stdout but JSON; no price unless one is given, and no place is guessed."""
     moe("run", "--out", "r", "--power", "1000", "--", "sleep", "1")
     report = json.loads(moe("report", "r", "--json").stdout)
     assert list(report) == ["total", "devices", "phases", "footprint", "segments"]
-    assert report["footprint"] == {}
+    assert list(report["footprint"]["numbers"]) == ["energy_it", "carbon_location"]
+    assert report["footprint"]["numbers"]["carbon_location"]["value"] is None
     total = report["total"]
     assert total["energy_j"] == pytest.approx(1000 * report["phases"]["command"]["elapsed_s"], rel=0.1)
     assert sum(phase["energy_j"] for phase in report["phases"].values()) == pytest.approx(total["energy_j"], abs=1e-6)
-    priced = json.loads(moe("report", "r/ledger.jsonl", "--json", "--grid", "360", "--price-hour", "3600").stdout)
-    assert priced["footprint"]["carbon_g"] == pytest.approx(total["energy_j"] / 1e4)
-    assert priced["footprint"]["cost_devices"] == pytest.approx(total["device_hours"] * 3600)
-    assert "facility_kwh" not in priced["footprint"]
+    priced = json.loads(moe("report", "r/ledger.jsonl", "--json", "--grid", "360", "--price", "3600").stdout)
+    numbers = priced["footprint"]["numbers"]
+    assert numbers["carbon_location"]["value"] == pytest.approx(total["energy_j"] / 1e4)
+    assert numbers["cost_devices"]["value"] == pytest.approx(total["device_hours"] * 3600)
+    assert "energy_facility" not in numbers
 
 
 def test_the_report_as_text_names_source_scope_and_band(moe):

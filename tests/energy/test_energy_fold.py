@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moe.energy import fold_ledgers, footprint
+from moe.energy import fold_ledgers
 from moe.energy.ledger import LedgerWriter
 from moe.energy.timeline import apportion
-from moe.errors import ConfigError, LedgerError
+from moe.errors import LedgerError
 
 S = 10**9
 A, B = "GPU-a", "GPU-b"
@@ -365,25 +365,15 @@ def test_the_json_has_the_contracts_keys(path):
     assert report["phases"]["unattributed"] == {"energy_j": 1000.0, "elapsed_s": 0.0}
 
 
-def test_footprint_multiplies_what_is_given_and_leaves_out_the_rest():
-    """1 kWh x 1.25 x 400 g; no PUE means the metered scope; two costs that are not added."""
-    assert footprint(3.6e6, 2.0, "gpu") == {}
-    full = footprint(3.6e6, 2.0, "gpu", 1.25, 400.0, 0.2, 3.0)
-    assert full == {
-        "scope": "facility",
-        "energy_scope": "gpu",
-        "pue": 1.25,
-        "facility_kwh": 1.25,
-        "intensity_g_per_kwh": 400.0,
-        "carbon_g": 500.0,
-        "price_per_kwh": 0.2,
-        "cost_energy": 0.25,
-        "price_per_device_hour": 3.0,
-        "cost_devices": 6.0,
-    }
-    assert footprint(3.6e6, 2.0, "gpu", intensity_g_per_kwh=400.0)["scope"] == "gpu"
-    assert footprint(None, 2.0, "gpu", 1.25, 400.0) == {}
-    with pytest.raises(ConfigError, match=r"pue=0\.9 must be a number of at least 1"):
-        footprint(1.0, 1.0, "gpu", pue=0.9)
-    with pytest.raises(ConfigError, match="intensity_g_per_kwh=nan"):
-        footprint(1.0, 1.0, "gpu", intensity_g_per_kwh=float("nan"))
+def test_tokens_are_those_of_the_final_lineage(path):
+    """100 told, then resumed at step 0: what the second segment tells counts, and before it told anything, nothing."""
+    scribe = Scribe(path, 0)
+    scribe.add("mark", 5, phase="idle", step=10, tokens=100, phase_s={"idle": 5.0})
+    scribe.close()
+    assert fold_ledgers([path]).tokens == 100
+    scribe = Scribe(path, 20)
+    scribe.mark(25, None, idle=5.0)
+    assert fold_ledgers([path]).tokens is None
+    scribe.add("mark", 30, phase="idle", step=6, tokens=60, phase_s={"idle": 5.0})
+    scribe.close()
+    assert fold_ledgers([path]).tokens == 60

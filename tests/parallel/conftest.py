@@ -20,6 +20,16 @@ class Launches(Place):
         self, engine: str, recipe: str, *words: str, **environment: str
     ) -> tuple[subprocess.CompletedProcess[str], float]:
         """Run `recipe` on two processes of this machine's processor, and say how many seconds it took."""
+        command, base = self.command_under(engine, recipe, *words)
+        began = os.times().elapsed
+        done = subprocess.run(
+            command, env={**base, **environment}, cwd=self.folder, capture_output=True, text=True, timeout=180,
+            check=False,
+        )  # fmt: skip
+        return done, os.times().elapsed - began
+
+    def command_under(self, engine: str, recipe: str, *words: str) -> tuple[list[str], dict[str, str]]:
+        """What `under` executes, and in which environment."""
         command, base = self.command()
         launch = [
             *command[:3],
@@ -29,12 +39,7 @@ class Launches(Place):
             "0",
         ]
         cpu = {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {"DS_ACCELERATOR": "cpu"}
-        began = os.times().elapsed
-        done = subprocess.run(
-            [*launch, str(ROOT / "tests" / recipe), *words], env={**base, **cpu, **environment}, cwd=self.folder,
-            capture_output=True, text=True, timeout=180, check=False,
-        )  # fmt: skip
-        return done, os.times().elapsed - began
+        return [*launch, str(ROOT / "tests" / recipe), *words], {**base, **cpu}
 
     def alone(self, recipe: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Run `recipe` in one process, without a launcher."""

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,47 @@ class Place:
             env={**base, **(environment or {})}, cwd=self.folder,
             capture_output=True, text=True, timeout=180, check=False,
         )  # fmt: skip
+
+    def start(self, name: str, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """Launch the run `name`, to be waited for or stopped."""
+        return self.popen(*self.command(f"run.name={name}", *words, ranks=ranks))
+
+    def popen(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        """A process group of its own, that says where it hangs when it is ended by SIGABRT."""
+        return subprocess.Popen(
+            command, env={**environment, "PYTHONFAULTHANDLER": "1"}, cwd=self.folder, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen[str]) -> None:
+        """Until the run's metrics show `step`; of step 0, until there are metrics."""
+        deadline = time.monotonic() + 120
+        while not (self.run(name) / "metrics.jsonl").is_file() or max(self.losses(name), default=0) < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_until_gone(self, name: str, process: subprocess.Popen[str], seconds: float) -> None:
+        """Until no process trains the run, whatever became of its launcher."""
+        deadline = time.monotonic() + seconds
+        while pids := self._trainer_pids(name):
+            if time.monotonic() > deadline:
+                for pid in pids:
+                    os.kill(pid, signal.SIGABRT)  # faulthandler writes where it hangs to the captured stderr
+                pytest.fail(f"the trainer outlived its stop: {process.communicate()[1]}")
+            time.sleep(0.05)
+
+    def _trainer_pids(self, name: str) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                here = os.readlink(entry / "cwd") == str(self.folder)
+            except OSError:
+                continue
+            if here and f"run.name={name}".encode() in words and b"accelerate.commands.launch" not in words:
+                found.append(int(entry.name))
+        return found
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name

@@ -3,6 +3,7 @@
 POISON=n          the n-th objective of this process is not finite
 SPIKE=n           the n-th objective of this process is a hundred times as large
 STARVE=n          from the n-th on, this process may not allocate more memory
+KILL=n            the n-th objective of this process is its end, as by kill -9
 SEEN=file         one line an objective: the sum of its token ids
 TOKENS=n          data of its own: multiples of n
 FIRST=name         a number of this name before the loss
@@ -12,6 +13,7 @@ SMOOTH=1          another objective, and a number of its own in each evaluation
 
 import os
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ class Misbehaving(Hooks):
         if "SEEN" in os.environ:
             with Path(os.environ["SEEN"]).open("a") as file:
                 file.write(f"{int(input_ids.sum())}\n")
+        if self._now("KILL"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if self._now("STARVE"):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from moe.accounting.peaks import peak_flops
-from moe.config import ModelConfig
+from moe.config import ModelConfig, parse_overrides
 from moe.model import Transformer
 from moe.rundir import RunDir
+from moe.trainer import train
 from moe.trainer.breakdown import Breakdown
+
+from .tiny_recipe import RECIPE
 
 Place = Any  # the fixture's class; conftest is not importable by name
 COMPONENTS = {"data", "attention", "router", "experts", "feed_forward", "head", "optimizer", "communication", "other"}
@@ -54,6 +57,24 @@ def test_looking_changes_nothing(place: Place) -> None:
     assert seen.returncode == unseen.returncode == 0, seen.stderr + unseen.stderr
     assert place.losses("seen") == place.losses("unseen")
     assert not any(key.startswith("efficiency/step_s/data") for row in place.rows("unseen") for key in row)
+
+
+def test_recomputed_layers_are_split_too(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is computed again counts to its component: all of them are still the step, and losses the same bits."""
+    monkeypatch.chdir(place.folder)
+    for name, layers, every in (("kept", 0, 1000), ("again", 2, 1000), ("again_split", 2, 1)):
+        words = (f"run.name={name}", f"train.recompute_layers={layers}", f"train.breakdown_every_steps={every}")
+        train(parse_overrides(RECIPE, [*words, "train.max_steps=12", "train.log_every_steps=1"]))
+    assert place.losses("kept") == place.losses("again") == place.losses("again_split")
+    rows = [row for row in place.rows("again_split") if "train/loss" in row][4:]
+    for row in rows:
+        parts = [row[f"efficiency/step_s/{name}"] for name in COMPONENTS]
+        assert min(parts) >= 0
+        assert sum(parts) <= row["efficiency/step_s"]
+    inside = sum(row[f"efficiency/step_s/{name}"] for row in rows for name in COMPONENTS)
+    assert inside > 0.9 * sum(row["efficiency/step_s"] for row in rows)
 
 
 def test_time_goes_to_the_component_that_spends_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from moe.config import DataConfig, Recipe
+from moe.config import DataConfig, Recipe, parse_overrides
+from moe.data import Sampling, TrainingData, data_from_tokens
 from moe.data.prepare import prepare
 from moe.errors import ConfigError, DataError
 from moe.rundir import RunDir
-from moe.trainer import Hooks
+from moe.trainer import Hooks, train
 from moe.trainer.data import load_run_data
 
 from .conftest import Place
@@ -96,3 +99,43 @@ def test_a_hook_brings_its_own_tokens(place: Place) -> None:
     assert "train_sha256 is" in other.stderr or "corpus_sha256 is" in other.stderr
     same = place.python(*words, "train.max_steps=8", recipe="hooked_recipe.py", environment={"TOKENS": "1"})
     assert same.returncode == 0, same.stderr
+
+
+class OwnTokens(Hooks):
+    """Ids of a hook's own, below `vocab_size` as the hook has it; `spoil` puts one in that is not."""
+
+    def __init__(self, vocab_size: int = 300, spoil: str = "") -> None:
+        self.vocab_size, self.spoil = vocab_size, spoil
+
+    def data(self, recipe: Recipe, sampling: Sampling) -> TrainingData:
+        tokens = np.arange(5000) % 300
+        made = data_from_tokens(
+            "own", tokens[:4000], tokens[4000:], sampling, vocab_size=self.vocab_size, end_token=0, validation_bytes=9
+        )
+        if self.spoil == "array":
+            tokens[3000] = 300
+        if self.spoil == "negative":
+            tokens[4100] = -1
+        return made
+
+
+@pytest.mark.parametrize(
+    ("hooks", "error", "sentence"),
+    [
+        (OwnTokens(vocab_size=299), DataError, "own: token ids go from 0 to 299, not from 0 to 298; make them with"),
+        (OwnTokens(vocab_size=400), ConfigError, "model.vocab_size=300 is less than the 400 tokens of the data"),
+        (OwnTokens(spoil="array"), DataError, "to 300, not from 0 to 299; make them with the tokenizer of the model's"),
+        (OwnTokens(spoil="negative"), DataError, "own: token ids go from -1 to 227, not from 0 to 299; make them with"),
+    ],
+    ids=["by the hook's own size", "by the model's size", "while training", "while evaluating"],
+)
+def test_ids_the_model_does_not_have_are_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, hooks: Hooks, error: type[Exception], sentence: str
+) -> None:
+    """Whatever made them and whenever they come: one sentence, where an embedding would have raised an IndexError."""
+    monkeypatch.chdir(place.folder)
+    with pytest.raises(error) as caught:
+        train(parse_overrides(RECIPE, ["run.name=foreign", "train.resume=never"]), hooks=hooks)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(place.run("foreign"))

@@ -88,50 +88,6 @@ def test_two_ranks_train_as_one(whole: Place) -> None:
         torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-def _start(place: Place, name: str, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
-    command, environment = place.command(f"run.name={name}", *words, ranks=ranks)
-    return subprocess.Popen(
-        command,
-        env={**environment, "PYTHONFAULTHANDLER": "1"},
-        cwd=place.folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def _wait_for_step(place: Place, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (place.run(name) / "metrics.jsonl").is_file() or max(place.losses(name), default=0) < step:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _trainer_pids(place: Place, name: str) -> list[int]:
-    """Living processes that train this run."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            here = os.readlink(entry / "cwd") == str(place.folder)
-        except OSError:
-            continue
-        if here and f"run.name={name}".encode() in words and b"accelerate.commands.launch" not in words:
-            found.append(int(entry.name))
-    return found
-
-
-def _wait_until_gone(place: Place, name: str, process: subprocess.Popen[str], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while pids := _trainer_pids(place, name):
-        if time.monotonic() > deadline:
-            for pid in pids:
-                os.kill(pid, signal.SIGABRT)  # faulthandler writes where it hangs to the captured stderr
-            pytest.fail(f"the trainer outlived its stop: {process.communicate()[1]}")
-        time.sleep(0.05)
-
-
 LONG = ("train.max_steps=400", "optim.warmup_steps=5", "train.checkpoint_every_steps=100000")
 
 
@@ -147,10 +103,10 @@ def long_losses(place: Place) -> dict[int, float]:
 def test_sigterm_to_the_launcher_ends_in_a_checkpoint(place: Place, long_losses: dict[int, float], ranks: int) -> None:
     """Within 25 s the trainer is gone and a checkpoint of the step in hand is there; going on is bitwise the same."""
     name = f"stopped{ranks}"
-    process = _start(place, name, *LONG, ranks=ranks)
-    _wait_for_step(place, name, 20, process)
+    process = place.start(name, *LONG, ranks=ranks)
+    place.wait_for_step(name, 20, process)
     process.send_signal(signal.SIGTERM)
-    _wait_until_gone(place, name, process, 25)
+    place.wait_until_gone(name, process, 25)
     process.communicate()
     steps = sorted(int(path.name[5:]) for path in (place.run(name) / "checkpoints").iterdir())
     assert len(steps) == 1
@@ -172,8 +128,8 @@ def test_sigterm_to_the_launcher_ends_in_a_checkpoint(place: Place, long_losses:
 def test_kill_9_loses_no_ledger_and_resumes_bitwise(place: Place, long_losses: dict[int, float]) -> None:
     """SIGKILL between checkpoints: the next launch goes on from the last one; lost work is counted but not useful."""
     words = [*LONG[:2], "train.checkpoint_every_steps=30"]
-    process = _start(place, "killed", *words)
-    _wait_for_step(place, "killed", 75, process)
+    process = place.start("killed", *words)
+    place.wait_for_step("killed", 75, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     reached = max(place.losses("killed"))
@@ -192,14 +148,14 @@ def test_kill_9_loses_no_ledger_and_resumes_bitwise(place: Place, long_losses: d
 def test_two_ranks_stop_between_logged_steps(place: Place) -> None:
     """Ranks agree on a stop without waiting for the next line of metrics, and evaluate fewer sequences than ranks."""
     words = ("train.log_every_steps=100000", "train.eval_sequences=1")
-    process = _start(place, "quiet", *LONG, *words, "train.max_steps=4000", ranks=2)
+    process = place.start("quiet", *LONG, *words, "train.max_steps=4000", ranks=2)
     deadline = time.monotonic() + 120
     while not any(row["train/step"] >= 20 for row in _rows_so_far(place, "quiet")):  # rows of evaluations alone
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _wait_until_gone(place, "quiet", process, 25)
+    place.wait_until_gone("quiet", process, 25)
     process.communicate()
     assert len(list((place.run("quiet") / "checkpoints").glob("step_*"))) == 1
 
@@ -210,8 +166,8 @@ def _rows_so_far(place: Place, name: str) -> list[dict[str, Any]]:
 
 def test_a_second_launch_of_a_living_run_changes_nothing(place: Place) -> None:
     """The ledger's lock refuses it before config.json is touched."""
-    process = _start(place, "living", *LONG, "train.max_steps=4000")
-    _wait_for_step(place, "living", 5, process)
+    process = place.start("living", *LONG, "train.max_steps=4000")
+    place.wait_for_step("living", 5, process)
     before = (place.run("living") / "config.json").read_bytes()
     second = place.python("run.name=living", "train.max_steps=77")
     os.killpg(process.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def test_a_stream_goes_on_from_any_step(place: Place, words: list[str]) -> None:
     assert refused.returncode != 0
     (sentence,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "data.streaming=true: this run's place in 'documents.jsonl' is that of 1 ranks, and there are 2" in sentence
+
+
+def test_a_shuffled_stream_goes_on_after_a_kill(place: Place, words: list[str]) -> None:
+    """Killed in its second block: bitwise the losses of the run nobody killed."""
+    shuffled = [*words, "data.shuffle_buffer=7", "train.max_steps=45"]
+    done = place.python("run.name=shuffled", *shuffled)
+    assert done.returncode == 0, done.stderr
+    killed = place.python("run.name=killed", *shuffled, recipe="hooked_recipe.py", environment={"KILL": "40"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    newest = max((place.run("killed") / "checkpoints").glob("step_????????"))
+    assert json.loads((newest / "state.json").read_text())["data"][0]["documents"]["block"] == 1
+    again = place.python("run.name=killed", *shuffled)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from step 3" in again.stderr
+    assert len(place.losses("killed")) == 45
+    assert place.losses("killed") == place.losses("shuffled")
 
 
 def test_a_rollback_reads_on_in_every_source(place: Place, words: list[str], tmp_path: Path) -> None:

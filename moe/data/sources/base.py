@@ -49,7 +49,7 @@ class DocumentStream(Protocol):
     epoch: int
 
     def read(self, count: int) -> list[str]:
-        """The next `count` documents, fewer at the end of an epoch."""
+        """The next `count` documents at most: fewer, or none, at the end of an epoch."""
 
     def state(self) -> dict[str, Any]:
         """Where the next `read` begins."""

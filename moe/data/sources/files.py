@@ -1,26 +1,27 @@
 """Text, JSONL and Parquet files, alone or in a folder.
 
-A text file is one document; each row of a JSONL (`.jsonl`, `.ndjson`, both also `.gz`) or Parquet file is one, in the
-field `data.text_field`. Rows are held out for validation evenly, counted over all files. A folder's text files are
-split by file, through a hash of their relative names; a text file given alone is cut in two by characters.
+A text file is one document; each row of a JSONL (`.jsonl`, `.ndjson`) or Parquet file is one, in the field
+`data.text_field`. Text and JSONL may be compressed (`.gz`, `.zst`). Rows are held out for validation evenly, counted
+over all files. A folder's text files are split by file, through a hash of their relative names; a text file given alone
+is cut in two by characters.
 """
 
-import gzip
 import hashlib
+import io
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe.data.sources.base import Source, Split, held_out
+from moe.data.sources.compressed import open_bytes, plain_name, unreadable
 from moe.errors import DataError
 
 __all__ = ["Files"]
 
-_JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_PARQUET = (".parquet",)
+_JSONL = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
 _ROWS_AT_ONCE = 256  # of a Parquet file in memory
 
 
@@ -38,17 +39,17 @@ class Files(Source):
                 "or hf:NAME"
             ) from None
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         self._alone = not path.is_dir()
         self._files = [path] if self._alone else _listed(path)
-        texts = [file for file in self._files if not file.name.endswith(_JSONL + _PARQUET)]
+        texts = [file for file in self._files if not _has_rows(file)]
         ranked = sorted(texts, key=lambda file: hashlib.sha256(str(file.relative_to(path)).encode()).digest())
         self._held_out = set(ranked[: max(1, round(len(texts) * validation_fraction))])
 
     def _read(self, split: Split) -> Iterator[str]:
         number = 0
         for file in self._files:
-            if file.name.endswith(_JSONL + _PARQUET):
+            if _has_rows(file):
                 rows = _parquet(file, self._field) if file.name.endswith(_PARQUET) else _jsonl(file, self._field)
                 for text in rows:
                     if held_out(number, self._fraction) == (split == "validation"):
@@ -64,7 +65,7 @@ class Files(Source):
 
 def _listed(folder: Path) -> list[Path]:
     def give_up(error: OSError) -> None:
-        raise _unreadable(Path(error.filename or folder), error)
+        raise unreadable(Path(error.filename or folder), error)
 
     found = []
     for place, folders, names in os.walk(folder, onerror=give_up):
@@ -73,30 +74,24 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
-def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(f"data.source: {file} cannot be read ({error.strerror or error}); mend that or move it away")
+def _has_rows(file: Path) -> bool:
+    return file.name.endswith(_PARQUET) or plain_name(file).endswith(_JSONL)
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with open_bytes(file) as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
+            return text.read()
     except UnicodeDecodeError:
         raise DataError(f"data.source: {file} is not UTF-8 text; convert it or move it out of the folder") from None
-    except OSError as error:
-        raise _unreadable(file, error) from None
 
 
 def _jsonl(file: Path, field: str) -> Iterator[str]:
     """The field of each line; blank lines count for nothing."""
-    try:
-        with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _field_of(line, field, f"{file} line {number}")
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"data.source: {file} is damaged ({error}); fetch it again or move it away") from None
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    with open_bytes(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _field_of(line, field, f"{file} line {number}")
 
 
 def _field_of(line: bytes, field: str, where: str) -> str:
@@ -133,4 +128,4 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
     except arrow.ArrowInvalid as error:
         raise DataError(f"data.source: {file} is not a whole Parquet file ({str(error).splitlines()[0]})") from None
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise unreadable(file, error) from None

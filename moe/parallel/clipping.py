@@ -1,0 +1,39 @@
+"""The norm of a gradient that lies in many tensors, on one rank or several, and scaling it down.
+
+    norm = sqrt(sum over all entries g of g^2)             in fp64
+    g <- g * min(1, max_norm / (norm + 1e-6))              as torch.nn.utils.clip_grad_norm_
+
+In fp32, torch's sum of 36 million squares on a CPU is off by 6e-5, and by another amount for every way to cut the
+gradient up. In fp64 every engine finds the same norm, so all of them scale, and train, alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["scale", "sum_of_squares"]
+
+_CHUNK = 2**18  # entries converted at a time on a CPU, where they then lie in the cache
+
+
+def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all entries, fp64, on the gradients' device; 0 on the CPU without any."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    if gradients[0].device.type != "cpu":
+        return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square().sum()
+    room = torch.empty(_CHUNK, dtype=torch.float64)
+    sums = []
+    for gradient in gradients:
+        for part in gradient.flatten().split(_CHUNK):
+            wide = room[: part.numel()].copy_(part)
+            sums.append(torch.dot(wide, wide))
+    return torch.stack(sums).sum()
+
+
+def scale(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients whose global norm is `norm` to at most `max_norm`, in place, without waiting for a GPU."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.dtype))

@@ -1,0 +1,55 @@
+"""A stop that comes while text is read or tokenised, before the first step."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from moe.energy import fold_ledgers
+from moe.rundir import RunDir
+
+Place = Any  # the fixture's class; conftest is not importable by name
+
+
+@pytest.fixture
+def silent(place: Place) -> Iterator[str]:
+    """A source that nothing comes out of, as of a disk or network that hangs."""
+    os.mkfifo(place.folder / "silent")
+    yield "silent"
+    (place.folder / "silent").unlink()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_waits_for_text_stops(place: Place, silent: str, ranks: int) -> None:
+    """Though the tokenizer's own code waits for the text: it says so, nothing is half-written, and text mends it."""
+    name = f"waiting{ranks}"
+    process = place.start(name, f"data.source={silent}", ranks=ranks)
+    place.wait_for_step(name, 0, process)
+    process.send_signal(signal.SIGTERM)
+    place.wait_until_gone(name, process, 25)
+    said = process.communicate()[1]
+    assert f"runs/{name} stopped at step 0 because SIGTERM asked it to; the same command goes on from there" in said
+    assert place.losses(name) == {}
+    run = RunDir.existing(place.run(name))
+    assert not list(run.checkpoints.iterdir())
+    assert not run.tokenizer.exists()
+    assert [segment["ended"] for segment in fold_ledgers(run.ledgers()).to_json()["segments"]] == ["end"]
+    mended = place.python(f"run.name={name}", "train.max_steps=2")
+    assert mended.returncode == 0, mended.stderr
+    assert len(place.losses(name)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_exit_code_names_the_signal(place: Place, silent: str, number: signal.Signals) -> None:
+    """Without a launcher: 128 + signal, and no traceback."""
+    (*_, recipe, word), environment = place.command(f"run.name={number.name}")
+    process = place.popen([sys.executable, recipe, word, f"data.source={silent}"], environment)
+    place.wait_for_step(number.name, 0, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=25)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert f"runs/{number.name} stopped at step 0 because {number.name} asked it to" in said
