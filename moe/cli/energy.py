@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from moe.cli.doctor import doctor
+from moe.cli.energy_node import node
 from moe.cli.energy_report import joules, report
 
 __all__ = ["app"]
@@ -51,6 +53,8 @@ def run(
 
 
 app.command()(report)
+app.command()(node)
+app.command()(doctor)
 
 
 def _print_summary(ledger: Path) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe.errors import ConfigError
+from moe.cli.ledgers import ledgers_of
+from moe.cli.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,7 @@ def report(
     from moe.energy import fold_ledgers
     from moe.energy.footprint import Stated, footprint_of
 
-    fold = fold_ledgers(_ledgers(run))
+    fold = fold_ledgers(ledgers_of(run))
     said = Stated(
         pue=pue,
         cooling=cooling,
@@ -104,20 +105,6 @@ def joules(energy_j: float | None) -> str:
     return f"{energy_j:,.1f} J" if energy_j < 36_000 else f"{energy_j / 3.6e6:,.4g} kWh"
 
 
-def _ledgers(run: Path) -> list[Path]:
-    """The ledgers of a run directory, the first node's first, or the file itself."""
-    from moe.rundir import RunDir
-
-    if run.is_file():
-        return [run]
-    if not run.is_dir():
-        raise ConfigError(f"{run} is neither a run directory nor a ledger file: check the path")
-    found = RunDir(run).ledgers()
-    if not found:
-        raise ConfigError(f"{run} holds no ledger.jsonl: give the folder of a metered run")
-    return found
-
-
 def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -125,7 +112,7 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
 
     def row(*words: str) -> list[Text]:
         """Cells that are neither markup nor able to steer the terminal: a ledger may come from anywhere."""
-        return [Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in word)) for word in words]
+        return [Text(printable(word)) for word in words]
 
     total = fold.total
     console = Console(highlight=False)

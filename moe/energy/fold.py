@@ -12,13 +12,15 @@ What the numbers mean
     band           sensor gain x energy, plus two ticks of full power per device and segment
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe.energy.conditions import PowerCheck, check_power, summarize
 from moe.energy.ledger import MEND, Record, read_ledger
-from moe.energy.sources.base import is_measured
+from moe.energy.sources.base import COUNTERS, is_measured
 from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
 from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, Total
 from moe.errors import LedgerError
@@ -74,7 +76,7 @@ class FileFold:
         lost: dict[str, int] = {}
         for uuid, line in after.lines.items():
             old = before.lines.get(uuid)
-            if old is None or old.device["source"] != "counter" or line.device["source"] != "counter":
+            if old is None or old.device["source"] != line.device["source"] or old.device["source"] not in COUNTERS:
                 continue
             if old.track.last_raw_mj is None or line.first_raw_mj is None:
                 continue
@@ -188,13 +190,16 @@ def _fold(files: list[FileFold]) -> Fold:
     devices = _devices(files)
     summaries = [_summary(file, position) for file in files for position in range(len(file.segments))]
     energy_mj = sum(file.energy_mj for file in files)
-    lost_mj = sum(sum(f.unattributed_mj(i).values()) for f in files for i in range(len(f.segments)))
     segments = [segment for file in files for segment in file.segments]
     by_source = {device.source: 0.0 for device in devices}
     for device in devices:
         by_source[device.source] += device.energy_j
-    if lost_mj:
-        by_source["counter"] += lost_mj / 1000
+    lost_mj = 0
+    for file in files:
+        for position, segment in enumerate(file.segments):
+            for uuid, part_mj in file.unattributed_mj(position).items():
+                lost_mj += part_mj
+                by_source[segment.lines[uuid].device["source"]] += part_mj / 1000
     covered_ns = sum(line.track.covered_ns for segment in segments for line in segment.lines.values())
     device_ns = sum(len(segment.lines) * segment.elapsed_ns for segment in segments)
     total = Total(
@@ -211,7 +216,7 @@ def _fold(files: list[FileFold]) -> Fold:
         measured=all(is_measured(source) for source in by_source),
         energy_by_source_j=by_source,
     )
-    return Fold(files, total, devices, phases, summaries, _notes(files, total))
+    return Fold(files, total, devices, phases, summaries, _notes(files, total) + _sensor_notes(files, devices))
 
 
 def _phases(files: list[FileFold]) -> tuple[dict[str, PhaseTotal], float, float | None]:
@@ -260,9 +265,17 @@ def _devices(files: list[FileFold]) -> list[DeviceTotal]:
                 band_j=sum(line.band_j() for _, line in parts),
                 coverage=min(1.0, covered_ns / wall_ns) if wall_ns else 0.0,
                 note=device["note"],
+                conditions=_conditions([line for _, line in parts]),
             )
         )
     return totals
+
+
+def _conditions(lines: list[DeviceLine]) -> dict[str, Any]:
+    """What the device worked under, and how its power sensor stands to its counter."""
+    summary = summarize([look for line in lines for look in line.looks])
+    check = check_power([pair for line in lines for pair in line.power_pairs])
+    return summary if check is None else {**summary, "power_over_counter": vars(check)}
 
 
 def _summary(file: FileFold, position: int) -> SegmentSummary:
@@ -308,4 +321,30 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
             if segment.header.get("second_reader"):
                 devices = ", ".join(segment.header["second_reader"])
                 notes.append(f"segment {segment.index}: another meter read {devices} at the same time")
+    return notes
+
+
+def _sensor_notes(files: list[FileFold], devices: list[DeviceTotal]) -> list[str]:
+    """A sentence for each kind of failure a device's sensor had, however often; and where two sensors disagree."""
+    gaps = Counter(
+        (uuid, reason, detail)
+        for file in files
+        for segment in file.segments
+        for uuid, line in segment.lines.items()
+        for reason, detail in line.gaps
+    )
+    notes = []
+    for (uuid, reason, detail), count in gaps.items():
+        times = "once" if count == 1 else f"{count} times"
+        if reason == "lost":
+            notes.append(f"{uuid}: reads failed {times}: {detail}")
+        else:
+            notes.append(f"{uuid}: {detail}, {times}: what it used across that is not known")
+    for device in devices:
+        check = device.conditions.get("power_over_counter")
+        if check is not None and PowerCheck(**check).disagrees:
+            notes.append(
+                f"{device.uuid}: its power sensor tells {check['ratio'] - 1:+.1%} against its counter, over "
+                f"{check['num_pairs']} seconds read by both: one of them is wrong"
+            )
     return notes

@@ -5,8 +5,9 @@
 kind     more fields
 segment  boot_id host pid started_boottime_ns interval_s flush_s resumed_step resumed_tokens devices[]; where it applies
          metered_by (a ledger that already bills this process), second_reader[] (devices another meter reads as well),
-         torn_bytes (length of a torn last line that was cut off)
-reading  device energy_mj: the counter's own value, so that a difference of any two lines is energy
+         torn_bytes (length of a torn last line that was cut off), node_source (of node_energy_mj)
+reading  device energy_mj: the counter's own value, so that a difference of any two lines is energy; once a minute also
+         what `moe.energy.conditions` lists, and node_energy_mj: a counter of the whole node, the devices inside
 mark     phase step tokens phase_s{}: seconds per phase since the mark before (the first: since started_boottime_ns)
 gap      device reason detail: the counter fell or its boot ended, so the joules up to the next reading are not known
          (reset; device null: a whole segment's end), or reads began to fail (lost)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe.errors import LedgerError
 
-__all__ = ["Lock", "claim_once", "is_locked", "lock_device", "lock_ledger"]
+__all__ = ["Lock", "claim_once", "device_reader", "is_locked", "lock_device", "lock_ledger"]
 
 _held: set[str] = set()
 _FLOCK = "hhqqi0q"  # Linux's struct flock on 64-bit machines: type, whence, start, length, pid
@@ -66,18 +66,27 @@ def lock_ledger(ledger: Path) -> Lock:
 
 def is_locked(ledger: Path) -> bool:
     """Whether a living meter writes this ledger. Asks only: no lock is taken that a starting meter could run into."""
-    path = ledger.with_name(ledger.name + ".lock")
+    return _holder(ledger.with_name(ledger.name + ".lock")) is not None
+
+
+def device_reader(uuid: str) -> int | None:
+    """Process id of the meter that reads a device on this machine (0: of another container); None when none does."""
+    return _holder(_machine_file(uuid, "lock"))
+
+
+def _holder(path: Path) -> int | None:
     if os.path.realpath(path) in _held:
-        return True
+        return os.getpid()
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
     try:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK
+        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+        return None if kind == fcntl.F_UNLCK else int(pid)
     except OSError:
-        return False
+        return None
     finally:
         os.close(fd)
 

@@ -17,7 +17,7 @@ from moe.energy.ledger import LedgerWriter, Record
 from moe.energy.locks import Lock, lock_device, lock_ledger
 from moe.energy.phases import PhaseClock
 from moe.energy.reader import Reader, Reading
-from moe.energy.sources import Source, is_measured, select_sources
+from moe.energy.sources import Source, is_measured, node_counter, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
 from moe.energy.totals import LedgerPosition, Totals
 from moe.energy.window import Window
@@ -50,6 +50,7 @@ class EnergyMeter:
     flush_s           between fsyncs: what a power cut may cost
     resumed_step, resumed_tokens  where the lineage stands as this segment begins
     sources           sensors of one's own, instead of `devices`
+    node              a counter of the whole node, kept beside GPUs and never added to them; by default the one there is
 
     `start` raises SensorError when a named GPU cannot be read and LedgerError when the ledger is damaged or has a
     living writer. After that no method raises for a sensor or a disk: failures become gaps in the ledger and one line
@@ -69,6 +70,7 @@ class EnergyMeter:
         resumed_step: int = 0,
         resumed_tokens: int = 0,
         sources: Sequence[Source] | None = None,
+        node: Source | None = None,
     ) -> None:
         if not interval_s >= 0.01:
             raise ConfigError(f"interval_s={interval_s} would load the driver with reads: give at least 0.01")
@@ -77,6 +79,7 @@ class EnergyMeter:
         self.path = None if ledger is None else Path(ledger)
         self._wanted = (devices, declared_power_w)
         self._given_sources = sources
+        self._node = node
         self._sources: Sequence[Source] = ()
         self._interval_s, self._flush_s = interval_s, flush_s
         self._resumed = (resumed_step, resumed_tokens)
@@ -117,7 +120,9 @@ class EnergyMeter:
         self._sources = select_sources(*self._wanted) if self._given_sources is None else self._given_sources
         self._prior = prior = FileFold(self.path)
         self._writer = LedgerWriter(self.path, on_record=self._see)
-        self._reader = Reader(self._sources, self._interval_s, self._on_reading)
+        if self._node is None and any(device.kind == "gpu" for source in self._sources for device in source.devices):
+            self._node = node_counter()
+        self._reader = Reader(self._sources, self._interval_s, self._on_reading, self._node)
         self._start_ns = boottime_ns()
         if self.path is not None and not _startup_claimed:
             self._start_ns, _startup_claimed = self._device_time_start_ns(prior), True
@@ -146,6 +151,8 @@ class EnergyMeter:
         if second and not metered_by:
             extra["second_reader"] = second
             print(f"moe.energy: another meter reads {', '.join(second)} too: do not add the two up", file=sys.stderr)
+        if self._node is not None:
+            extra["node_source"] = self._node.devices[0].source
         if self._writer.torn_bytes:
             extra["torn_bytes"] = self._writer.torn_bytes
             print(
@@ -288,11 +295,12 @@ class EnergyMeter:
             ("gap", reading.at_ns, {"device": uuid, "reason": event, "detail": detail})
             for uuid, event, detail in reading.gaps
         ]
-        records += [
-            ("reading", reading.at_ns, {"device": uuid, "energy_mj": raw_mj})
-            for uuid, raw_mj in reading.raw_mj.items()
-            if raw_mj is not None
-        ]
+        node = {} if reading.node_mj is None else {"node_energy_mj": reading.node_mj}
+        for uuid, raw_mj in reading.raw_mj.items():
+            if raw_mj is not None:
+                fields = {"device": uuid, "energy_mj": raw_mj, **reading.conditions.get(uuid, {}), **node}
+                records.append(("reading", reading.at_ns, fields))
+                node = {}  # on the first line of a round
         self._phases.cut()
         self._write_marks(records)
         if boottime_ns() - self._synced_ns >= self._flush_s * 1e9:

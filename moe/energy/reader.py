@@ -9,10 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moe.energy.clock import boottime_ns
-from moe.energy.sources.base import Source
+from moe.energy.conditions import CONDITIONS_S
+from moe.energy.sources.base import Conditioned, Source
 from moe.energy.track import DeviceTrack
 from moe.energy.window import Edge
 
@@ -24,21 +26,37 @@ STOP_WAIT_S = 5.0  # a reader that has not stopped by then hangs in the driver
 
 @dataclass(frozen=True)
 class Reading:
-    """One round of reads: the counters' own values, and the gaps that showed up with them ((uuid, event, reason))."""
+    """One round of reads: the counters' own values, and the gaps that showed up with them ((uuid, event, reason)).
+
+    Once a minute, at the first and at the last also `conditions` by uuid, and `node_mj`, the whole node's counter.
+    """
 
     at_ns: int
     raw_mj: dict[str, int | None]
     gaps: list[tuple[str, str, str]]
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    node_mj: int | None = None
 
 
 class Reader:
-    """Reads `sources` every `interval_s` and passes each Reading to `on_reading`, in its own thread."""
+    """Reads `sources` every `interval_s` and passes each Reading to `on_reading`, in its own thread.
 
-    def __init__(self, sources: Sequence[Source], interval_s: float, on_reading: Callable[[Reading], None]) -> None:
+    `node` is a counter of the whole node: read beside the devices now and then, never added to them.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        interval_s: float,
+        on_reading: Callable[[Reading], None],
+        node: Source | None = None,
+    ) -> None:
         self.devices = tuple(device for source in sources for device in source.devices)
         self.tracks = {device.uuid: DeviceTrack(device.source) for device in self.devices}
         self.power_w: float | None = None
         self._sources = sources
+        self._node = node
+        self._look_due_ns = 0
         self._interval_s = interval_s
         self._on_reading = on_reading
         self._edges: deque[Edge] = deque()
@@ -88,7 +106,7 @@ class Reader:
                     self._burst()
                 if stopping or self._asked or time.monotonic() >= due:
                     self._asked = False
-                    self._read()
+                    self._read(last=stopping)
             except Exception as error:  # whatever a driver or a full machine does, the metered program goes on
                 if not self._complained:
                     print(f"moe.energy: the reader met {type(error).__name__}: {error}; it goes on", file=sys.stderr)
@@ -114,7 +132,7 @@ class Reader:
                 self._gaps.append((uuid, event, reason))
         return at_ns, raw_mj
 
-    def _read(self) -> None:
+    def _read(self, last: bool = False) -> None:
         at_ns, raw_mj = self._sample()
         gaps, self._gaps = self._gaps, []
         known_mj = [track.energy_mj for track in self.tracks.values() if track.energy_mj is not None]
@@ -122,7 +140,19 @@ class Reader:
         if self._before is not None and at_ns > self._before[0]:
             self.power_w = (total_mj - self._before[1]) * 1e6 / (at_ns - self._before[0])
         self._before = (at_ns, total_mj) if known_mj else None
-        self._on_reading(Reading(at_ns, raw_mj, gaps))
+        reading = Reading(at_ns, raw_mj, gaps)
+        if last or at_ns >= self._look_due_ns:
+            self._look_due_ns = at_ns + round(CONDITIONS_S * 1e9)
+            reading = self._look_around(reading)
+        self._on_reading(reading)
+
+    def _look_around(self, reading: Reading) -> Reading:
+        conditions: dict[str, dict[str, Any]] = {}
+        for source in self._sources:
+            if isinstance(source, Conditioned):
+                conditions.update(source.conditions())
+        node_mj = next(iter(self._node.read().values())) if self._node is not None else None
+        return replace(reading, conditions=conditions, node_mj=node_mj)
 
     def _burst(self) -> None:
         """Sample until every waiting edge has its tick. Edges that arrive meanwhile share the samples."""

@@ -5,13 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from moe.energy.meter import METERED_BY, EnergyMeter
-from moe.energy.sources import Source, select_sources, visible_gpus
-from moe.energy.sources.nvml import NvmlSource
+from moe.energy.sources import Source, gpu_sources, select_sources, visible_gpus
 from moe.errors import ConfigError
 
 __all__ = ["HOST", "run_metered", "sources_for"]
@@ -26,6 +26,7 @@ _FORWARDED = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+LONGEST_BLOCK_S = 1.0
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 
 
@@ -39,7 +40,7 @@ def sources_for(selection: str | None, power_w: float | None) -> list[Source]:
     if selection not in (None, HOST) and not gpus:
         raise ConfigError(f"--devices {selection} names no GPU of this machine: see `nvidia-smi -L`, or say {HOST}")
     if power_w is None and gpus:
-        return [NvmlSource([gpu.uuid for gpu in gpus], shared=[gpu.uuid for gpu in gpus if gpu.shared])]
+        return gpu_sources(gpus)
     return select_sources([gpu.uuid for gpu in gpus], power_w)
 
 
@@ -71,11 +72,27 @@ def run_metered(command: Sequence[str], ledger: Path, sources: Sequence[Source])
                 raise ConfigError(f"{command[0]}: cannot be started ({error.strerror}): check the file") from None
             for signum in early:
                 child.send_signal(signum)
-            code = child.wait()
+            code = _exit_code(child)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
     return code if code >= 0 else 128 - code
+
+
+def _exit_code(child: "subprocess.Popen[bytes]") -> int:
+    """Wait for the program's end. Python runs no signal handler in a blocking call that a signal came just before, or
+    that another thread was picked for: so block for a second at most, and a signal is passed on in that time.
+    """
+    ended = threading.Event()
+
+    def wait() -> None:
+        child.wait()
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    while not ended.wait(LONGEST_BLOCK_S):
+        pass
+    return child.wait()
 
 
 def _in_foreground() -> bool:

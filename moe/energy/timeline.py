@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe.energy.clock import parse_utc_ns
+from moe.energy.conditions import pick_conditions
 from moe.energy.ledger import Record
 from moe.energy.phases import STEP_PHASES
 from moe.energy.track import DeviceTrack
@@ -13,6 +14,7 @@ from moe.energy.track import DeviceTrack
 __all__ = ["UNATTRIBUTED", "DeviceLine", "Segment", "apportion"]
 
 UNATTRIBUTED = "unattributed"
+NS_PER_S = 10**9
 
 
 def apportion(total: int, weights: dict[str, int]) -> dict[str, int]:
@@ -41,11 +43,17 @@ class DeviceLine:
     energies_mj: "array[int]" = field(default_factory=lambda: array("q"))
     first_raw_mj: int | None = None
     max_power_w: float = 0.0
+    looks: list[dict[str, Any]] = field(default_factory=list)
+    power_pairs: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[tuple[str, str]] = field(default_factory=list)
+    _whole_since_ns: int = 0
 
     def add(self, at_ns: int, raw_mj: int | None) -> None:
         """Take a reading, or a failed one (None), in."""
         before_ns, before_mj = self.track.last_ns, self.track.energy_mj
-        self.track.update(at_ns, raw_mj)
+        event = self.track.update(at_ns, raw_mj)
+        if event is not None or before_mj is None:
+            self._whole_since_ns = at_ns
         if raw_mj is None or self.track.energy_mj is None:
             return
         if before_mj is None:
@@ -55,6 +63,16 @@ class DeviceLine:
             self.max_power_w = max(self.max_power_w, power_w)
         self.times_ns.append(at_ns)
         self.energies_mj.append(self.track.energy_mj)
+
+    def look(self, at_ns: int, conditions: dict[str, Any]) -> None:
+        """Take in what the device works under, told with the reading at this moment."""
+        self.looks.append(conditions)
+        if self.device["source"] != "counter" or "power_w" not in conditions:
+            return
+        second_ago_ns = at_ns - NS_PER_S  # what current power sensors average over
+        if second_ago_ns >= self._whole_since_ns:
+            counter_w = (self.energy_at(at_ns) - self.energy_at(second_ago_ns)) / 1000
+            self.power_pairs.append((conditions["power_w"], counter_w))
 
     @property
     def energy_mj(self) -> int:
@@ -106,6 +124,7 @@ class Segment:
         self.utc_offset_ns = parse_utc_ns(header["utc"]) - header["boottime_ns"]
         self.end_reason: str | None = None
         self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"])) for d in header["devices"]}
+        self.node_points: list[tuple[int, int]] = []  # boottime_ns, millijoules of the whole node's counter
         self.spans: list[_Span] = []
         self.tokens: int = header["resumed_tokens"]  # of the lineage, as far as the last mark that told them
         self._step: int = header["resumed_step"]
@@ -117,13 +136,25 @@ class Segment:
         self.last_ns = max(self.last_ns, at_ns)
         kind = record["kind"]
         if kind == "reading":
-            self.lines[record["device"]].add(at_ns, record["energy_mj"])
-        elif kind == "gap" and record["reason"] == "lost":
-            self.lines[record["device"]].add(at_ns, None)
+            self._feed_reading(record)
+        elif kind == "gap" and record["device"] is not None:
+            line = self.lines[record["device"]]
+            line.gaps.append((record["reason"], record["detail"]))
+            if record["reason"] == "lost":
+                line.add(at_ns, None)
         elif kind == "mark":
             self._feed_mark(record)
         elif kind == "end":
             self.end_reason = record["reason"]
+
+    def _feed_reading(self, record: Record) -> None:
+        at_ns, line = record["boottime_ns"], self.lines[record["device"]]
+        line.add(at_ns, record["energy_mj"])
+        conditions = pick_conditions(record)
+        if conditions:
+            line.look(at_ns, conditions)
+        if "node_energy_mj" in record:
+            self.node_points.append((at_ns, record["node_energy_mj"]))
 
     def _feed_mark(self, record: Record) -> None:
         start_ns = self.spans[-1].end_ns if self.spans else self.start_ns

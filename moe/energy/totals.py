@@ -1,7 +1,7 @@
 """The records the meter and the fold return: the run, its devices, phases and segments, in joules and seconds."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 __all__ = ["DeviceTotal", "LedgerPosition", "PhaseTotal", "SegmentSummary", "Total", "Totals"]
 
@@ -26,7 +26,11 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTotal:
-    """One device; one that changed its source between segments has an entry for each. `unattributed` is not in it."""
+    """One device; one that changed its source between segments has an entry for each. `unattributed` is not in it.
+
+    `conditions`: what `moe.energy.conditions.summarize` makes of temperature, clock, power, limit and throttling, and
+    `power_over_counter` (ratio, error, num_pairs) where both were read; {} when nothing was told.
+    """
 
     uuid: str
     name: str
@@ -36,6 +40,7 @@ class DeviceTotal:
     band_j: float
     coverage: float
     note: str | None
+    conditions: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Turns one device's raw readings into energy that only grows. The meter and the fold count with the same code."""
 
+from moe.energy.sources.base import COUNTERS, ESTIMATES
+
 __all__ = ["DeviceTrack"]
 
 
@@ -13,7 +15,7 @@ class DeviceTrack:
     """
 
     def __init__(self, source: str) -> None:
-        self._runs_by_itself = source in ("counter", "estimate:tdp", "declared")
+        self._runs_by_itself = source in COUNTERS + ESTIMATES
         self.energy_mj: int | None = None
         self.covered_ns = 0
         self.last_ns = 0

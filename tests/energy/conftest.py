@@ -18,6 +18,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+FAKE_AMDSMI = '''
+"""Two GPUs at 300 W; AMDSMI_STUCK freezes counters, AMDSMI_GUEST takes them away, AMDSMI_OLD names them as before."""
+import os, time
+class AmdSmiException(Exception): ...
+class AmdSmiLibraryException(AmdSmiException): ...
+def amdsmi_init(): ...
+def amdsmi_shut_down(): ...
+def amdsmi_get_processor_handles(): return [0, 1]
+def amdsmi_get_gpu_device_uuid(handle): return f"{handle}aff74a1-0000-1000-80e8-000000000000"
+def amdsmi_get_gpu_asic_info(handle): return {"market_name": "AMD Instinct MI300X"}
+def amdsmi_get_energy_count(handle):
+    if "AMDSMI_GUEST" in os.environ:
+        raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
+    seconds = 10 if "AMDSMI_STUCK" in os.environ else time.monotonic()
+    name = "power" if "AMDSMI_OLD" in os.environ else "energy_accumulator"
+    return {name: int(seconds * 300e6 / 15.3), "counter_resolution": 15.3, "timestamp": time.time_ns()}
+def amdsmi_get_power_info(handle):
+    told = "N/A" if os.environ.get("AMDSMI_BLIND") else 300
+    return {"current_socket_power": told, "average_socket_power": "N/A"}
+'''
+
 
 @dataclass(frozen=True, kw_only=True)
 class FakeGpu:
@@ -34,6 +55,10 @@ class FakeGpu:
     power1_mw: int = 500_000
     power2_mw: int = 500_000
     period_ns: int = 10**9
+    arch: int = 9
+    average: int = 1
+    gain: int = 1000
+    sliced: int = 0
 
     def energy_mj(self, at_ns: int) -> float:
         """The truth behind the counter: exact energy at a boottime, not held back to the last tick."""
@@ -54,6 +79,7 @@ class FakeNode:
         self._calls.write_bytes(bytes(4096))
         self.gpus: dict[str, FakeGpu] = {}
         self.migs: dict[str, str] = {}
+        self.machine = (0, 1)
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "MOE_", "SLURM_"))},
             "LD_LIBRARY_PATH": str(library),
@@ -77,12 +103,14 @@ class FakeNode:
         self.migs[uuid] = parent
         self._write()
 
+    def set_machine(self, init_code: int = 0, persistence: int = 1) -> None:
+        """What opening the library returns, and whether the driver stays loaded."""
+        self.machine = (init_code, persistence)
+        self._write()
+
     def _write(self) -> None:
-        lines = [
-            f"gpu {g.uuid} {g.name} {g.bus} {g.mode} {g.origin_ns} {g.base_mj} {g.tick_ns} {g.sleep_us} "
-            f"{g.power1_mw} {g.power2_mw} {g.period_ns}\n"
-            for g in self.gpus.values()
-        ]
+        lines = ["machine {} {}\n".format(*self.machine)]
+        lines += ["gpu " + " ".join(map(str, vars(gpu).values())) + "\n" for gpu in self.gpus.values()]
         lines += [f"mig {uuid} {parent}\n" for uuid, parent in self.migs.items()]
         aside = self._state.with_suffix(".new")
         aside.write_text("".join(lines))
@@ -93,12 +121,12 @@ class FakeNode:
         counts = struct.unpack("4Q", self._calls.read_bytes()[:32])
         return dict(zip(("energy", "power", "processes", "init"), counts, strict=True))
 
-    def start(self, code: str, **env: str) -> subprocess.Popen[str]:
+    def start(self, code: str, stdin: int = subprocess.DEVNULL, **env: str) -> subprocess.Popen[str]:
         """Run Python code on the node."""
         return subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code)],
             env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -131,16 +159,25 @@ def own_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
+def _compile(folder: Path, *options: str) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    assert compiler, "the energy tests compile a small C library: apt-get install gcc"
+    source = Path(__file__).with_name("fake_nvml.c")
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1", *options]
+    subprocess.run([compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)], check=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled fake library."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    assert compiler, "the energy tests compile a small C library: apt-get install gcc"
-    folder = tmp_path_factory.mktemp("nvml")
-    source = Path(__file__).with_name("fake_nvml.c")
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-Wl,-soname,libnvidia-ml.so.1"]
-    subprocess.run([compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(source)], check=True)
-    return folder
+    return _compile(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def old_nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a library from a driver that knows neither the energy counter nor fields."""
+    return _compile(tmp_path_factory.mktemp("old_nvml"), "-DOLD_DRIVER")
 
 
 @pytest.fixture
@@ -155,6 +192,15 @@ def node(nvml_library: Path, tmp_path: Path) -> FakeNode:
 def gpu(node: FakeNode) -> FakeGpu:
     """One steady 500 W GPU in the node, its counter moving every 100 ms."""
     return node.set(FakeGpu())
+
+
+@pytest.fixture
+def amd(node: FakeNode, tmp_path: Path) -> FakeNode:
+    """The node without NVIDIA's library and with AMD's."""
+    (tmp_path / "amdsmi.py").write_text(FAKE_AMDSMI)
+    node.env["LD_LIBRARY_PATH"] = "/nonexistent"
+    node.env["PYTHONPATH"] += f":{tmp_path}"
+    return node
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,31 @@ time.sleep(30)
         process.communicate(timeout=20)
     assert process.returncode == 33
     assert fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0].ended == "end"
+
+
+def test_a_signal_that_another_thread_was_picked_for_reaches_the_program_in_a_second(tmp_path):
+    """Python runs handlers in the main thread alone, which waits for the program: it must not wait for ever."""
+    child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(33)); "
+    child += "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]); print('up', flush=True); time.sleep(30)"
+    code = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+from moe.energy.sources import EstimateSource
+from moe.energy.supervise import run_metered
+def send():
+    while not Path("up").exists() or not Path("up").read_text():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=send).start()  # the one thread that does not block the signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+out = os.dup2(os.open("up", os.O_WRONLY | os.O_CREAT), 1)
+print(run_metered([sys.executable, "-c", {child!r}], Path("ledger.jsonl"), [EstimateSource(9.0)]), file=sys.stderr)
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "33\n"
+    assert time.monotonic() - start < 20
 
 
 def test_a_program_killed_by_a_signal_gives_128_plus_n(moe, tmp_path):

@@ -253,7 +253,7 @@ def _share_spent_metering(node, gpu, folder, steps):
     calls = {name: count - before[name] for name, count in node.calls().items()}
     assert calls["energy"] <= len(uuids) * (wall_s + 6)  # one a second, plus: probe, start, stop
     assert calls["processes"] == 0
-    assert calls["power"] == 0
+    assert calls["power"] <= len(uuids) * (3 + wall_s / 60)  # at the ends, and once a minute
     return spent_s / wall_s
 
 

@@ -1,21 +1,27 @@
 """What a meter reads: devices, and sources that turn a sensor into integer millijoules."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-__all__ = ["ESTIMATES", "Device", "Source", "is_measured"]
+__all__ = ["COUNTERS", "ESTIMATES", "Conditioned", "Device", "Scope", "Source", "is_measured"]
 
 # a source under one of these names never saw a sensor: its joules are time times a stated power
 ESTIMATES = ("declared", "estimate:tdp")
+
+# counters that some hardware keeps, whoever reads them: what they counted while nobody did is not lost
+COUNTERS = ("counter", "node:pm_counters")
+
+Scope = Literal["gpu", "module", "node"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """One thing whose energy is counted, and how far its number can be trusted.
 
-    uuid     the key everywhere: `GPU-…` of NVML, `CPU-<host>` for a host without accelerators
-    source   counter | integrated | rapl | estimate:tdp | declared
-    scope    what the joules cover: the accelerator alone (gpu) or the host's processors and memory (node)
+    uuid     the key everywhere: `GPU-…` of NVML, `AMD-…`, `CPU-<host>` for a host without accelerators
+    source   counter | integrated | rapl | node:pm_counters | estimate:tdp | declared
+    scope    what the joules cover: the accelerator alone (gpu), a Grace Hopper module with its processor and memory
+             (module), or the host (node)
     band     declared sensor gain error, as a fraction of the energy
     tick_s   how often the sensor's number changes; the quantisation of a window is at most two ticks of `p_max_w`
     p_max_w  the power the device cannot exceed; None where the sensor does not tell
@@ -26,7 +32,7 @@ class Device:
     name: str
     kind: Literal["gpu", "cpu"]
     source: str
-    scope: Literal["gpu", "node"]
+    scope: Scope
     band: float
     tick_s: float
     p_max_w: float | None = None
@@ -48,6 +54,14 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release the sensor."""
+
+
+@runtime_checkable
+class Conditioned(Protocol):
+    """A source that also knows what its devices work under: temperature, clock, limit, what holds the clock down."""
+
+    def conditions(self) -> dict[str, dict[str, Any]]:
+        """By device uuid the fields of `moe.energy.conditions` it can tell. Never raises; asked about once a minute."""
 
 
 def is_measured(source: str) -> bool:

@@ -1,19 +1,22 @@
 """Processor and memory energy from Linux powercap (Intel and AMD RAPL), summed into one device for the host.
 
 Layout under the root: `intel-rapl:N/{name,energy_uj,max_energy_range_uj}` with children `intel-rapl:N:M`. Counted are
-the package domains and their `dram` child where there is one. Not counted, because they are already inside or are the
-same domain twice: `core` and `uncore`, `psys`, and every `intel-rapl-mmio` copy.
+the package domains (`package-N`, `package-N-die-D`) and their `dram` child where there is one. Not counted, because
+they are already inside or are the same domain twice: `core` and `uncore`, `psys`, the `intel-rapl-mmio` copy of a
+package, and a die that mirrors another die's counter, as some processors do.
 
-A domain's counter wraps at its range (an AMD package after some 200 s at 300 W), so it must be read more often than
-that; one wrap an interval is undone, and two cannot be told from none. The sum starts from 0 in each process.
-Since Linux 5.10 only root may read the counters (CVE-2020-8694).
+A domain's counter wraps at its range (an AMD package after some 200 s at 300 W): one wrap an interval is undone, and an
+interval so long that there may have been two is a failed read. The sum starts from 0 in each process. Since Linux 5.10
+only root may read the counters (CVE-2020-8694).
 """
 
 import re
 from pathlib import Path
 
+from moe.energy.clock import boottime_ns
 from moe.energy.sources.base import Device
 from moe.energy.sources.estimate import host_uuid
+from moe.energy.sources.sysfs import matches
 from moe.errors import SensorError
 
 __all__ = ["POWERCAP_ROOT", "RaplSource"]
@@ -21,6 +24,8 @@ __all__ = ["POWERCAP_ROOT", "RaplSource"]
 POWERCAP_ROOT = Path("/sys/class/powercap")
 RAPL_BAND = 0.05
 RAPL_TICK_S = 0.001
+MAX_DOMAIN_W = 1000.0  # no package draws more: how fast a counter can wrap
+MIRROR_UJ = 2_000_000  # two dies of one package whose counters are this close count the same thing
 
 
 class _Domain:
@@ -28,15 +33,17 @@ class _Domain:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
-        self._counter = folder / "energy_uj"
+        self.counter = folder / "energy_uj"
+        self._last_ns = boottime_ns()
         try:
-            self._last_uj = int(self._counter.read_text())
+            self.last_uj = int(self.counter.read_text())
         except PermissionError:
             raise SensorError(
-                f"{self._counter} may only be read by root: run as root, or `chmod a+r` it, or declare the power"
+                f"{self.counter} may only be read by root (CVE-2020-8694): run as root, or `chmod a+r` it, or declare "
+                "the power"
             ) from None
         except (OSError, ValueError) as error:
-            raise SensorError(f"{self._counter} cannot be read ({error}): declare the power instead") from None
+            raise SensorError(f"{self.counter} cannot be read ({error}): declare the power instead") from None
         try:
             self._range_uj: int | None = int((folder / "max_energy_range_uj").read_text())
         except (OSError, ValueError):
@@ -45,12 +52,14 @@ class _Domain:
 
     def update(self) -> None:
         """Add what was used since the last call. Raises OSError or ValueError where that cannot be known."""
-        now_uj = int(self._counter.read_text())
-        delta_uj = now_uj - self._last_uj
-        self._last_uj = now_uj  # also after a wrap that cannot be undone: the next interval is good again
+        now_uj, now_ns = int(self.counter.read_text()), boottime_ns()
+        delta_uj, elapsed_s = now_uj - self.last_uj, (now_ns - self._last_ns) / 1e9
+        self.last_uj, self._last_ns = now_uj, now_ns  # also after a failure: the next interval is good again
+        if self._range_uj is not None and elapsed_s * MAX_DOMAIN_W * 1e6 > self._range_uj:
+            raise ValueError(f"{self.counter} was not read for {elapsed_s:.0f} s and may have wrapped more than once")
         if delta_uj < 0:
             if self._range_uj is None:
-                raise ValueError(f"{self._counter} wrapped and its max_energy_range_uj cannot be read")
+                raise ValueError(f"{self.counter} wrapped and its max_energy_range_uj cannot be read")
             delta_uj += self._range_uj
         self.energy_uj += delta_uj
 
@@ -96,19 +105,32 @@ class RaplSource:
 
 def _find_domains(root: Path) -> list[_Domain]:
     domains: dict[str, _Domain] = {}
-    for folder in sorted(root.glob("intel-rapl:*")):
-        if not re.fullmatch(r"intel-rapl:\d+", folder.name):
-            continue
-        package = _name(folder)
-        if not package.startswith("package-") or package in domains:
-            continue
-        domains[package] = _Domain(folder, package)
-        # sysfs lists children beside their parents and inside them; a copied tree may have only one of the two
-        children = {child.name: child for place in (root, folder) for child in place.glob(f"{folder.name}:*")}
-        for _, child in sorted(children.items()):
-            if _name(child) == "dram":
-                domains[f"{package}/dram"] = _Domain(child, f"{package}/dram")
+    for interface in ("intel-rapl", "intel-rapl-mmio"):
+        for folder in matches(root, f"{interface}:*"):
+            package = _name(folder)
+            if not re.fullmatch(rf"{interface}:\d+", folder.name) or not package.startswith("package-"):
+                continue
+            if package in domains:
+                continue
+            domain = _Domain(folder, package)
+            if any(_mirrors(domain, other) for other in domains.values()):
+                continue
+            domains[package] = domain
+            # sysfs lists children beside their parents and inside them; a copied tree may have only one of the two
+            children = {child.name: child for place in (root, folder) for child in matches(place, f"{folder.name}:*")}
+            for _, child in sorted(children.items()):
+                if _name(child) == "dram":
+                    domains[f"{package}/dram"] = _Domain(child, f"{package}/dram")
     return list(domains.values())
+
+
+def _mirrors(domain: _Domain, other: _Domain) -> bool:
+    """Whether two dies of one package show one counter: read a moment apart, they all but agree."""
+    package, _, die = domain.name.partition("-die-")
+    other_package, _, other_die = other.name.partition("-die-")
+    if not die or not other_die or package != other_package or "/" in other.name:
+        return False
+    return abs(domain.last_uj - other.last_uj) < MIRROR_UJ
 
 
 def _name(folder: Path) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe.energy.sources.nvml import NoNvmlError, nvml
+from moe.energy.sources.amd import visible_amd_gpus
+from moe.energy.sources.nvml_library import NoNvmlError, nvml
 from moe.errors import ConfigError
 
 __all__ = ["VisibleGpu", "visible_gpus"]
@@ -20,7 +21,7 @@ class VisibleGpu:
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None, selection: str | None = None) -> list[VisibleGpu]:
-    """GPUs visible under `environ` (default: this process's), each once, in CUDA's order; [] on a host without NVML.
+    """GPUs visible under `environ` (default: this process's), each once, in CUDA's order; AMD's where there is no NVML.
 
     `selection` replaces CUDA_VISIBLE_DEVICES: a comma-separated list of integers, UUIDs or unique beginnings of UUIDs,
     and MIG ids. As in CUDA, the first entry that names no GPU hides itself and all after it. Integers count GPUs in
@@ -32,7 +33,7 @@ def visible_gpus(environ: Mapping[str, str] | None = None, selection: str | None
     try:
         lib = nvml()
     except NoNvmlError:
-        return []
+        return [VisibleGpu(uuid) for uuid in visible_amd_gpus(environ, selection)]
     try:
         gpus = _openable(lib)
         listed = environ.get("CUDA_VISIBLE_DEVICES") if selection is None else selection

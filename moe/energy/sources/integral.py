@@ -1,0 +1,30 @@
+"""Energy from a sensor that tells only power: a trapezoid over the reads, in integer millijoules."""
+
+from moe.energy.clock import boottime_ns
+
+__all__ = ["MAX_STEP_S", "PowerIntegral"]
+
+MAX_STEP_S = 5.0  # two power reads further apart than this say nothing about the time between
+
+
+class PowerIntegral:
+    """The energy since the first read."""
+
+    def __init__(self) -> None:
+        self._energy_mj = 0.0
+        self._last: tuple[int, float] | None = None  # boottime_ns, power_mw
+
+    def add(self, power_mw: float) -> int:
+        """Take a read in; returns millijoules so far. Raises ValueError when the read before it is too long ago."""
+        now = boottime_ns()
+        last, self._last = self._last, (now, power_mw)
+        if last is not None:
+            elapsed_s = (now - last[0]) / 1e9
+            if elapsed_s > MAX_STEP_S:
+                raise ValueError(f"no power read for {elapsed_s:.1f} s")
+            self._energy_mj += elapsed_s * (power_mw + last[1]) / 2
+        return int(self._energy_mj)
+
+    def forget(self) -> None:
+        """A read failed: nothing is known of the time around it."""
+        self._last = None

@@ -1,0 +1,65 @@
+"""AMD GPUs through a stand-in `amdsmi` that returns what the real one documents."""
+
+import pytest
+
+FIRST, SECOND = (f"AMD-{n}aff74a1-0000-1000-80e8-000000000000" for n in range(2))
+READ = f"""
+    import time
+    from moe.energy import select_sources
+    source, = select_sources([{FIRST!r}])
+    device, = source.devices
+    first, start = source.read()[device.uuid], time.monotonic()
+    time.sleep(0.6)
+    watts = (source.read()[device.uuid] - first) / 1000 / (time.monotonic() - start)
+    print(device.name, device.source, device.scope, device.band, device.note, round(watts, -1), sep="|")
+"""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["energy_accumulator", "before 6.2.1"])
+def test_the_counter_is_steps_times_their_size(amd, old):
+    """Accumulator x 15.3 uJ, under both names the number has had."""
+    out = amd.run(READ, **({"AMDSMI_OLD": "1"} if old else {}))
+    assert out == "AMD Instinct MI300X|counter|gpu|0.05|None|300.0\n"
+
+
+def test_a_counter_that_stands_still_is_not_believed(amd):
+    """Two probes half a second apart see no step while the GPU draws 300 W: power is integrated, the note says it."""
+    out = amd.run(READ, AMDSMI_STUCK="1")
+    assert out == ("AMD Instinct MI300X|integrated|gpu|0.1|the energy counter stands still; power integrated|300.0\n")
+
+
+def test_a_guest_without_counter_is_integrated_and_one_that_tells_nothing_is_estimated(amd):
+    out = amd.run(READ, AMDSMI_GUEST="1")
+    assert "|integrated|gpu|0.1|no energy counter; power integrated|300.0" in out
+    out = amd.run(READ, AMDSMI_GUEST="1", AMDSMI_BLIND="1")
+    assert "|estimate:tdp|gpu|0.37|no sensor: the driver tells neither energy nor power|700.0" in out
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, [FIRST, SECOND]),
+        ({"HIP_VISIBLE_DEVICES": "1"}, [SECOND]),
+        ({"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, [SECOND]),
+        ({"ROCR_VISIBLE_DEVICES": "5,0"}, []),
+    ],
+)
+def test_visible_gpus_are_amds_where_there_is_no_nvml(amd, env, expected):
+    """HIP counts among the GPUs that ROCR left; an entry that names none hides the rest."""
+    code = "from moe.energy import visible_gpus; print([gpu.uuid for gpu in visible_gpus()])"
+    assert amd.run(code, **env) == f"{expected}\n"
+
+
+def test_nothing_of_amd_is_imported_where_it_is_not_asked_for(node, gpu):
+    code = f"""
+        import sys
+        from moe.energy import select_sources
+        select_sources([{gpu.uuid!r}])
+        print("amdsmi" in sys.modules)
+    """
+    assert node.run(code) == "False\n"
+
+
+def test_an_amd_gpu_without_amdsmi_is_one_sentence(node):
+    process = node.start(f"from moe.energy import select_sources; select_sources([{FIRST!r}])")
+    assert "SensorError: amdsmi cannot be imported: install it from /opt/rocm/share/amd_smi" in process.communicate()[1]
