@@ -11,7 +11,7 @@ import torch
 from kernel_cases import GPU, Case
 from torch import Tensor
 
-from moe_kernels import expert_mlp, grouped_gemm, sort_by_expert, topk_route
+from moe_kernels import expert_mlp, grouped_gemm, sort_by_expert, topk_route, topk_route_with_statistics
 
 __all__ = ["WORK", "architectures"]
 
@@ -55,6 +55,22 @@ def _route(experts: int, top_k: int, method: str, n_group: int, topk_group: int,
     return run
 
 
+def _statistics(experts: int, top_k: int) -> Work:
+    """Routing with padding, margins and balance losses over sequences of 1024 tokens."""
+
+    def run() -> None:
+        logits, bias = _leaf(8192, experts), torch.empty(experts, device="cuda")
+        counted = torch.empty(8192, dtype=torch.bool, device="cuda")
+        route, found = topk_route_with_statistics(
+            logits, bias, top_k=top_k, counted_T=counted, count_margins=True, sequences=8
+        )
+        assert found.shares_BE is not None
+        gradients = [torch.empty_like(route.topk_weight_TK), torch.empty_like(found.shares_BE)]
+        torch.autograd.grad([route.topk_weight_TK, found.shares_BE], logits, gradients)
+
+    return run
+
+
 def _sort(experts: int) -> Work:
     return lambda: sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="cuda"), experts)
 
@@ -81,6 +97,7 @@ WORK: dict[str, Work] = {
     "route-group-limited": _route(160, 6, "group_limited_greedy", 8, 3),
     "route-given": _route(256, 8, "noaux_tc", 8, 4, chosen=True),
     "route-512": _route(512, 10, "greedy", 1, 1),
+    "route-statistics": _statistics(256, 8),
     "sort": _sort(512),
     "gemm-fp32": _gemm(torch.float32, 65536, 2048, 1024),
 }
@@ -90,6 +107,7 @@ _HOPPER = {
     "deepseek-v3-rank",
     "olmoe",
     "fp32/4-rows-an-expert",
+    "odd",
     "odd/4-rows-an-expert",
     "route-512",
     "route-group-limited",

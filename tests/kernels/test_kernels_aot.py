@@ -27,7 +27,6 @@ from kernel_work import WORK, architectures
 pytestmark = pytest.mark.aot
 
 MOST_COMPILES = 200  # of all tests here together: each takes half a second or more
-MOST_STACK = 16  # bytes a thread: two registers put aside
 ODD = {"odd", "odd/4-rows-an-expert"}  # without vector loads anything is slow; it must be right
 UNIT = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
@@ -48,15 +47,15 @@ def test_kernels_compile_and_fit(name: str, arch: int) -> None:
         if key not in compiled:
             assert len(compiled) < MOST_COMPILES, "too many configurations: compile fewer of them here"
             compiled[key] = compile_launch(launch, arch)
-            found = faults_of(launch, compiled[key], arch, 10**6 if name in ODD else MOST_STACK)
+            found = faults_of(launch, compiled[key], arch, may_spill=name in ODD)
             faults += [f"{launch.name} ({described(launch)}): {fault}" for fault in found]
     assert not faults, "\n".join(faults)
 
 
-def faults_of(launch: Launch, found: Compiled, arch: int, most_stack: int) -> list[str]:
+def faults_of(launch: Launch, found: Compiled, arch: int, *, may_spill: bool) -> list[str]:
     """What a compiled kernel lacks."""
     faults = []
-    if found.stack > most_stack:
+    if found.stack and not may_spill:
         faults.append(f"spills: {found.stack} bytes of stack a thread")
     if not fits(found, arch):
         faults.append(f"{found.shared} bytes of shared memory, {DEVICES[arch][1]} are there")
