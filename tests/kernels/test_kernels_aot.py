@@ -60,8 +60,10 @@ def faults_of(launch: Launch, found: Compiled, arch: int, *, may_spill: bool) ->
     if not fits(found, arch):
         faults.append(f"{found.shared} bytes of shared memory, {DEVICES[arch][1]} are there")
     halves = {t.dtype for t in launch.tensors.values()} & {torch.bfloat16, torch.float16}
-    if multiplies(launch) and halves and found.unit != UNIT[arch]:
-        faults.append(f"multiplies with {found.unit or 'no matrix unit'}, not {UNIT[arch]}")
+    # wgmma and tcgen05 multiply 64 rows or more at a time; tiles of 16 are for where memory is the limit
+    unit = UNIT[arch] if launch.values.get("BM", 64) >= 64 else "mma"
+    if multiplies(launch) and halves and found.unit != unit:
+        faults.append(f"multiplies with {found.unit or 'no matrix unit'}, not {unit}")
     if declared_partitions(launch) and not found.partitions:
         faults.append("declares warp specialisation, and the compiler made no partition")
     return faults
