@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moe.cli.energy_report import joules, report
+from moe.cli.energy_total import total
 
 __all__ = ["app"]
 
@@ -51,6 +52,7 @@ def run(
 
 
 app.command()(report)
+app.command()(total)
 
 
 def _print_summary(ledger: Path) -> None:

@@ -8,11 +8,12 @@ are heard in order, and each is given what lies outside the claims before it:
                                                 it, for it knows their purpose: the outer meter keeps 4
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from moe.energy.timeline import UNATTRIBUTED, apportion
+from moe.energy.sources.base import is_measured
+from moe.energy.timeline import UNATTRIBUTED, DeviceLine, apportion
 
 __all__ = ["Claim", "count_once", "hand_down"]
 
@@ -24,14 +25,13 @@ class Claim:
     """A quantity (millijoules, or nanoseconds held) that one segment says a device used from `start_ns` to `end_ns`.
 
     upto      the quantity up to a moment, as an integer: parts of it sum to the whole
-    purposes  the whole by purpose
+    purposes  the whole by purpose; empty where the segment was killed, and a later one told what it had used
     nested    the segment was metered from outside, too
     pieces    the intervals it was given; `given` their sum, `counted` what of it stayed after handing down
     """
 
     run: int
-    source: str
-    scope: str
+    line: DeviceLine
     start_ns: int
     end_ns: int
     utc_offset_ns: int
@@ -41,6 +41,18 @@ class Claim:
     pieces: list[tuple[int, int]] = field(default_factory=list)
     given: int = 0
     counted: int = 0
+
+    @property
+    def source(self) -> str:
+        return str(self.line.device["source"])
+
+    @property
+    def measured(self) -> bool:
+        return is_measured(self.source)
+
+    @property
+    def length_ns(self) -> int:
+        return self.end_ns - self.start_ns
 
     @property
     def whole(self) -> int:
@@ -70,14 +82,16 @@ def count_once(claims: Sequence[Claim]) -> None:
         taken = sorted([*taken, *claim.pieces])
 
 
-def hand_down(claims: Iterable[Claim]) -> None:
-    """Move to each nested claim what a claim around it was given of the same moments."""
-    claims = list(claims)
-    for inner in sorted((claim for claim in claims if claim.nested), key=lambda claim: claim.start_ns - claim.end_ns):
-        for outer in claims:
+def hand_down(claims: Sequence[Claim]) -> None:
+    """Move to each nested claim what the claims around it were given of the same moments."""
+    by_length = sorted(claims, key=lambda claim: claim.length_ns)
+    for inner in reversed([claim for claim in by_length if claim.nested]):
+        for outer in by_length:
             around = outer.start_ns <= inner.start_ns and inner.end_ns <= outer.end_ns
-            if outer is not inner and around and outer.source == inner.source:
-                moved = min(inner.whole - inner.counted, outer.counted)
+            if outer is not inner and around and outer.measured == inner.measured:
+                same = outer.source == inner.source  # of other sensors counts what the outer one saw in that time
+                seen = inner.whole if same else outer.upto(inner.end_ns) - outer.upto(inner.start_ns)
+                moved = max(0, min(seen - inner.counted, outer.counted))
                 inner.counted += moved
                 outer.counted -= moved
 

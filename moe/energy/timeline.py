@@ -72,6 +72,10 @@ class DeviceLine:
         left_mj, right_mj = self.energies_mj[right - 1], self.energies_mj[right]
         return left_mj + (right_mj - left_mj) * (at_ns - left_ns) / (right_ns - left_ns)
 
+    def whole_mj_at(self, at_ns: int) -> int:
+        """`energy_at` in whole millijoules, so that the parts of a stretch sum to it."""
+        return round(self.energy_at(at_ns))
+
     def band_j(self) -> float:
         """Sensor gain on all of it, and the quantisation of its two ends: at most a tick of full power each."""
         p_max_w = self.device["p_max_w"] or self.max_power_w
@@ -184,7 +188,7 @@ class Segment:
         return energies, useful_mj
 
     def purposes(self, uuid: str, last_step: int) -> tuple[dict[str, int], dict[str, int]]:
-        """(millijoules, nanoseconds) per purpose of one device: its readings' energy and the segment's time, all of it."""
+        """(millijoules, nanoseconds) of one device by purpose: of all its readings, and of the whole segment."""
         line, energies, times = self.lines[uuid], dict[str, int](), dict[str, int]()
         for i in range(1, len(line.times_ns)):
             weights = dict[str, int]()
@@ -208,9 +212,7 @@ class Segment:
         whole = sum(weights.values())
         return weights, useful / whole if whole else 0.0
 
-    def _parts(
-        self, first_span: int, start_ns: int, end_ns: int, last_step: int
-    ) -> Iterator[tuple[str, int, float]]:
+    def _parts(self, first_span: int, start_ns: int, end_ns: int, last_step: int) -> Iterator[tuple[str, int, float]]:
         """(phase, its nanoseconds between two moments, share of them that survives), from `first_span` on."""
         for position in range(first_span, len(self.spans)):  # no slice: it would copy the rest of the run each time
             span = self.spans[position]

@@ -74,8 +74,9 @@ class Footprint:
 
 
 def footprint_of(spent: Fold | Basis, stated_by_user: Stated) -> Footprint:
-    """Everything that can be said of a run, or of what else a basis was made of. Energy that was never read leaves out all that depends on it.
+    """Everything that can be said of a run, or of what else a basis was made of.
 
+    Energy that was never read leaves out all that depends on it.
     Raises ConfigError for a factor that cannot be, a zone that no row has, a series that does not fit.
     """
     said, result = stated_by_user, Footprint()
