@@ -226,13 +226,10 @@ def test_the_union_is_the_sum_less_what_is_shared(tmp_path):
             shutil.copytree(run, copy)
         both, a, b = total(*ours, *copied), total(*ours), total(*copied)
         shared = total(*(run for run in ours if run in theirs))
-        for name in ("energy_mj", "held"):
+        for name in ("energy_mj", "device_ns"):
             whole, one, other, common = (
-                sum(
-                    getattr(spent, "energy_mj" if name == "energy_mj" else "device_ns")
-                    for spent in p.measured.by_purpose.values()
-                )
-                for p in (both, a, b, shared)
+                sum(getattr(spent, name) for spent in programme.measured.by_purpose.values())
+                for programme in (both, a, b, shared)
             )
             assert whole == one + other - common
         chance.shuffle(ours)
