@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from moe.cli.energy_card import card
 from moe.cli.energy_prometheus import prometheus
 from moe.cli.energy_report import joules, report
 from moe.cli.energy_total import total
@@ -54,6 +55,7 @@ def run(
 
 app.command()(report)
 app.command()(total)
+app.command()(card)
 app.command()(prometheus)
 
 
