@@ -14,23 +14,21 @@ from moe.energy.sources.base import is_measured
 __all__ = ["boamps"]
 
 _TIME = "%Y-%m-%d %H:%M:%S"
+_GRADES = (("high", 10), ("medium", 25), ("low", 50))  # of quality: errors of at most so many percent
 
 
 def boamps(facts: Facts) -> tuple[dict[str, Any], list[str]]:
     """The report, and the required fields that are missing from it."""
     first, _ = facts.span
+    platform, python = facts.environment.get("platform"), facts.environment.get("python")
     report: dict[str, Any] = {
         "header": {
             "formatVersionSpecificationUri": "https://github.com/Boavizta/BoAmps/tree/main/model",
             "reportStatus": "draft",
         },
         "task": _task(facts),
-        "system": {"os": str(facts.environment["platform"]).partition("-")[0]}
-        if "platform" in facts.environment
-        else None,
-        "software": {"language": "python", "version": facts.environment["python"]}
-        if "python" in facts.environment
-        else None,
+        "system": {"os": platform and str(platform).partition("-")[0]},
+        "software": {"language": python and "python", "version": python},
         "infrastructure": {
             "components": [
                 {"componentName": name, "componentType": kind, "nbComponent": count}
@@ -57,12 +55,8 @@ def boamps(facts: Facts) -> tuple[dict[str, Any], list[str]]:
                 "measurementDateTime": first.strftime(_TIME),
             }
         ]
-        # the format's three grades: errors up to 10, 25 and 50 %
         report["quality"] = next((word for word, most in _GRADES if band is not None and band <= most), None)
     return _told(report), sorted(missing)
-
-
-_GRADES = (("high", 10), ("medium", 25), ("low", 50))
 
 
 def _task(facts: Facts) -> dict[str, Any]:
