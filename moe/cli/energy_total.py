@@ -26,7 +26,8 @@ from moe.errors import CompareError, ConfigError
 
 if TYPE_CHECKING:
     from moe.energy.footprint import Footprint
-    from moe.energy.programme import Half, Programme, RunLedgers
+    from moe.energy.programme import RunLedgers
+    from moe.energy.spending import Half, Programme
 
 __all__ = ["total"]
 

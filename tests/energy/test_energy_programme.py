@@ -14,7 +14,8 @@ import pytest
 from moe.energy import fold_ledgers
 from moe.energy.cut import cut_ledger
 from moe.energy.ledger import LedgerWriter
-from moe.energy.programme import Programme, RunLedgers, fold_programme
+from moe.energy.programme import RunLedgers, fold_programme
+from moe.energy.spending import Programme
 
 BOOT = datetime(2025, 1, 1, 22, tzinfo=UTC)  # two hours before midnight
 STEP_S = {"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}
