@@ -149,7 +149,8 @@ def _claims(
     times: dict[Any, list[Claim]] = {}
     for identity, copy in kept.items():
         segment = copy.segment
-        ends = (each.file.lineage_end(each.position) for each in copies[identity])
+        lineages = (each for each in copies[identity] if not _is_outdated(each.file, copies))
+        ends = (each.file.lineage_end(each.position) for each in lineages)
         last_step = max((end for end in ends if end is not None), default=0)  # it may survive in any of the lineages
         boot = segment.header["boot_id"] or identity
         for uuid, line in segment.lines.items():
@@ -174,6 +175,15 @@ def _claims(
                     claim = _claim(kept[identity], line, lost.start_ns, lost.end_ns, lost.upto, {})
                     energies[before.header["boot_id"], lost.uuid].append(claim)
     return energies, times
+
+
+def _is_outdated(file: FileFold, copies: dict[tuple[Any, ...], list[_Copy]]) -> bool:
+    """Whether another ledger goes on from where this one stops: it is no lineage of its own, but an older copy."""
+    last = _Copy(-1, file, len(file.segments) - 1)
+    return any(
+        (other.segment.last_ns, other.position + 1 < len(other.file.segments)) > (last.segment.last_ns, False)
+        for other in copies[last.identity]
+    )
 
 
 def _claim(

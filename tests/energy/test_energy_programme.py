@@ -166,6 +166,15 @@ def test_copies_count_once_and_differ_from_where_they_differ(tmp_path):
     assert programme.recognised[0].startswith("other holds segments of one too: the 2,500.000 J")
 
 
+def test_an_outdated_copy_tells_nothing_new(tmp_path):
+    """Copied before the restart that threw two steps away: they do not survive in the copy."""
+    Segment(tmp_path / "a/ledger.jsonl", 0).train(6).die()
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    Segment(tmp_path / "a/ledger.jsonl", 8, pid=2, resumed=4).train(4).end()
+    alone, both = total(tmp_path / "a"), total(tmp_path / "copy", tmp_path / "a")
+    assert both.measured.by_purpose == alone.measured.by_purpose
+
+
 @pytest.mark.parametrize("outer_first", [True, False])
 def test_a_metered_child_counts_once_and_keeps_its_purposes(tmp_path, outer_first):
     """`moe energy run -- train`: the total is the outer ledger's to the millijoule; the child says what for."""
