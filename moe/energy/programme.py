@@ -67,6 +67,7 @@ def fold_programme(runs: Sequence[RunLedgers]) -> Programme:
             if file.segments and path == run.ledgers[0]:
                 ended = file.segments[-1].end_reason or "lost"
         shares.append(RunShare(run.name, ended))
+    copies = dict(sorted(copies.items()))  # whatever the order they were given in, equal claims are heard alike
     kept = {identity: _longest(found, runs) for identity, found in copies.items()}
     recognised = list(_copied(copies, kept, runs))
     energies, times = _claims(copies, kept)
@@ -92,7 +93,12 @@ def fold_programme(runs: Sequence[RunLedgers]) -> Programme:
 
 def _longest(found: Sequence[_Copy], runs: Sequence[RunLedgers]) -> _Copy:
     """The version that goes furthest; of equal ones a trunk's before its branches', then the first."""
-    return max(found, key=lambda copy: (copy.segment.last_ns, runs[copy.run].trunk is None))
+
+    def reach(copy: _Copy) -> tuple[int, int, bool, bool]:
+        segment = copy.segment
+        return segment.last_ns, len(segment.spans), runs[copy.run].trunk is None, segment.end_reason is not None
+
+    return max(found, key=reach)
 
 
 def _copied(

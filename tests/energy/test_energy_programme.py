@@ -167,12 +167,20 @@ def test_copies_count_once_and_differ_from_where_they_differ(tmp_path):
 
 
 def test_an_outdated_copy_tells_nothing_new(tmp_path):
-    """Copied before the restart that threw two steps away: they do not survive in the copy."""
+    """Copied after any line, before or after the restart that threw two steps away; in either order."""
     Segment(tmp_path / "a/ledger.jsonl", 0).train(6).die()
-    shutil.copytree(tmp_path / "a", tmp_path / "copy")
     Segment(tmp_path / "a/ledger.jsonl", 8, pid=2, resumed=4).train(4).end()
-    alone, both = total(tmp_path / "a"), total(tmp_path / "copy", tmp_path / "a")
-    assert both.measured.by_purpose == alone.measured.by_purpose
+    alone = total(tmp_path / "a").measured
+    lines = (tmp_path / "a/ledger.jsonl").read_bytes().splitlines(keepends=True)
+    for number in range(1, len(lines) + 1):
+        copy = tmp_path / f"copy-{number}"
+        copy.mkdir()
+        (copy / "ledger.jsonl").write_bytes(b"".join(lines[:number]))
+        for folders in ((tmp_path / "a", copy), (copy, tmp_path / "a")):
+            both = total(*folders).measured
+            assert (both.by_purpose, both.by_day, both.basis.band_j) == (
+                alone.by_purpose, alone.by_day, alone.basis.band_j,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("outer_first", [True, False])
