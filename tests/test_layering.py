@@ -28,7 +28,7 @@ ORDER: tuple[tuple[set[str], ...], ...] = (
     ({"moe.balancer", "moe.data", "moe.optim", "moe.replay", "moe.schedule", "moe.checkpoint"},),
     ({"moe.parallel.engine", "moe.tracking", "moe.branch"},),
     ({"moe.parallel.zero", "moe.parallel.launch"},),
-    ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}, {"moe.runs"}),
+    ({"moe.trainer"}, {"moe.compare"}, {"moe.hf"}, {"moe.runs"}, {"moe.disclosure"}),
     ({"moe.cli"},),
 )
 # Units that see less than the order would let them.
@@ -37,6 +37,7 @@ ONLY: dict[str, set[str]] = {
     "moe.energy": {"moe.errors"},
     "moe.compare": {"moe.rundir", "moe.energy", "moe.accounting", "moe.config", "moe.errors"},
     "moe.runs": {"moe.rundir", "moe.energy", "moe.accounting", "moe.config", "moe.errors"},
+    "moe.disclosure": {"moe.rundir", "moe.energy", "moe.accounting", "moe.config", "moe.errors"},
 }
 # Typing-only imports that point upwards: (file, what it names).
 TYPING_UPWARDS: set[tuple[str, str]] = set()
@@ -51,6 +52,7 @@ NO_TORCH = {
     "moe.compare",
     "moe.cli",
     "moe.runs",
+    "moe.disclosure",
 }
 
 PLACE = {

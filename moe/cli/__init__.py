@@ -18,7 +18,7 @@ _COMMANDS = {
     "branch": "Make a run that shares a trunk's first steps and then decays.",
     "compare": "Compare runs with their baselines at equal loss: table, JSON, HTML.",
     "data": "Tokenise text once, ahead of training.",
-    "energy": "Meter any program; report what a run cost.",
+    "energy": "Meter any program; report what a run cost, or a whole programme of runs.",
     "generate": "Continue a prompt with a trained run.",
     "recipe": "List the recipes that come with the package; copy one.",
     "runs": "List runs, show one, watch one; send one to a tracker again.",

@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 
 from moe.cli.doctor import doctor
+from moe.cli.energy_card import card
 from moe.cli.energy_node import node
+from moe.cli.energy_prometheus import prometheus
 from moe.cli.energy_report import joules, report
+from moe.cli.energy_total import total
 
 __all__ = ["app"]
 
@@ -55,6 +58,9 @@ def run(
 app.command()(report)
 app.command()(node)
 app.command()(doctor)
+app.command()(total)
+app.command()(card)
+app.command()(prometheus)
 
 
 def _print_summary(ledger: Path) -> None:

@@ -8,17 +8,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe.cli.footprint_options import (
+    Cooling,
+    Grid,
+    Lifetime,
+    Market,
+    Plain,
+    Price,
+    PriceKwh,
+    Pue,
+    Utilisation,
+    Wue,
+)
 from moe.cli.ledgers import ledgers_of
 from moe.cli.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
+    from rich.text import Text
+
     from moe.energy import Fold
     from moe.energy.footprint import Footprint
     from moe.energy.footprint.quantity import Interval, Quantity
 
-__all__ = ["joules", "report"]
+__all__ = ["joules", "print_footprint", "report", "row"]
 
 # what is printed in larger units from a thousand on, and a thousand of it
 _LARGER = {"gCO2e": "kgCO2e", "kgCO2e": "tCO2e", "g": "kg", "kWh": "MWh", "MWh": "GWh", "L": "m3"}
@@ -27,47 +42,16 @@ _LARGER = {"gCO2e": "kgCO2e", "kgCO2e": "tCO2e", "g": "kg", "kWh": "MWh", "MWh":
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a ledger file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
-    pue: Annotated[
-        str | None,
-        typer.Option(metavar="X|NAME", help="Facility energy over IT energy, or a provider's.", show_default=False),
-    ] = None,
-    cooling: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="air, liquid or immersion: its range of PUE.", show_default=False),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ZONE|G_PER_KWH|FILE",
-            help="Where it ran: a country (DE, DEU, Germany), a US eGRID subregion, g/kWh, or a series by time.",
-            show_default=False,
-        ),
-    ] = None,
-    market: Annotated[
-        float | None, typer.Option(metavar="G_PER_KWH", help="The electricity contract's factor.", show_default=False)
-    ] = None,
-    wue: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X|NAME",
-            help="Litre of water a kWh of IT energy the site consumes; withdrawn=X; or a provider's. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option(metavar="X", help="Price of a device-hour.", show_default=False)
-    ] = None,
-    price_kwh: Annotated[
-        str | None, typer.Option(metavar="X|FILE", help="Price of a kWh, or prices by time.", show_default=False)
-    ] = None,
-    lifetime: Annotated[
-        float | None, typer.Option(metavar="YEARS", help="Service life of the hardware.", show_default=False)
-    ] = None,
-    utilisation: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Share of its life the hardware works.", show_default=False),
-    ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain equivalents too.")] = False,
+    pue: Pue = None,
+    cooling: Cooling = None,
+    grid: Grid = None,
+    market: Market = None,
+    wue: Wue = None,
+    price: Price = None,
+    price_kwh: PriceKwh = None,
+    lifetime: Lifetime = None,
+    utilisation: Utilisation = None,
+    plain: Plain = False,
 ) -> None:
     """Say what a run cost: energy with its band, device-hours, phases; carbon, water and money from factors you give.
 
@@ -105,14 +89,16 @@ def joules(energy_j: float | None) -> str:
     return f"{energy_j:,.1f} J" if energy_j < 36_000 else f"{energy_j / 3.6e6:,.4g} kWh"
 
 
+def row(*words: str) -> list["Text"]:
+    """Cells that are neither markup nor able to steer the terminal: a ledger may come from anywhere."""
+    from rich.text import Text
+
+    return [Text(printable(word)) for word in words]
+
+
 def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
-
-    def row(*words: str) -> list[Text]:
-        """Cells that are neither markup nor able to steer the terminal: a ledger may come from anywhere."""
-        return [Text(printable(word)) for word in words]
 
     total = fold.total
     console = Console(highlight=False)
@@ -130,6 +116,15 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
     console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
     console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
+    print_footprint(console, footprint)
+    for line in row("", *fold.notes, *footprint.notes):
+        console.print(line)
+
+
+def print_footprint(console: "Console", footprint: "Footprint") -> None:
+    """The numbers by scope, and the factors they were made with."""
+    from rich.table import Table
+
     for scope, listed in groupby(footprint.numbers.items(), lambda item: _scope(item[1])):
         listing = Table.grid(padding=(0, 2))
         for name, number in listed:
@@ -139,7 +134,7 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
         console.print(listing)
     if footprint.factors:
         console.print("\nfactors")
-    for line in row(*_factors(footprint), "", *fold.notes, *footprint.notes):
+    for line in row(*_factors(footprint)):
         console.print(line)
 
 

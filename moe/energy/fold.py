@@ -25,9 +25,24 @@ from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
 from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, Total
 from moe.errors import LedgerError
 
-__all__ = ["FileFold", "Fold", "device_hours_of", "fold_ledgers"]
+__all__ = ["FileFold", "Fold", "Lost", "device_hours_of", "fold_ledgers"]
 
 NS_PER_HOUR = 3_600_000_000_000
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Energy of a killed segment after its last reading: at an even rate, up to one flush interval."""
+
+    uuid: str
+    start_ns: int
+    end_ns: int
+    utc_offset_ns: int
+    energy_mj: int
+
+    def upto(self, at_ns: int) -> int:
+        """Millijoules of it up to a moment between its ends."""
+        return self.energy_mj * (at_ns - self.start_ns) // (self.end_ns - self.start_ns)
 
 
 @dataclass
@@ -85,6 +100,16 @@ class FileFold:
             if delta_mj > 0:
                 lost[uuid] = delta_mj if gap_ns <= limit_ns else delta_mj * limit_ns // gap_ns
         return lost
+
+    def lost(self, position: int) -> list[Lost]:
+        """`unattributed_mj`, with the time it was used in."""
+        found = []
+        for uuid, energy_mj in self.unattributed_mj(position).items():
+            before, after = self.segments[position - 1], self.segments[position]
+            start_ns = before.lines[uuid].track.last_ns
+            length_ns = min(after.lines[uuid].times_ns[0] - start_ns, round(before.header["flush_s"] * 1e9))
+            found.append(Lost(uuid, start_ns, start_ns + length_ns, before.utc_offset_ns, energy_mj))
+        return found
 
     def lineage_end(self, position: int) -> int | None:
         """The last step of this segment that survives: its own last one, unless a later segment resumed before it."""

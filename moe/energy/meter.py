@@ -1,15 +1,16 @@
 """EnergyMeter: reads a machine's energy while a program runs, and writes it down so that a kill loses seconds."""
 
 import atexit
+import functools
 import os
 import socket
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns
 from moe.energy.fold import NS_PER_HOUR, FileFold, device_hours_of
@@ -24,6 +25,9 @@ from moe.energy.window import Window
 from moe.errors import ConfigError, LedgerError, SensorError
 
 __all__ = ["METERED_BY", "EnergyMeter"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 METERED_BY = "MOE_LEDGER"  # in the environment of a program that `moe energy run` meters: the ledger that bills it
 
@@ -41,7 +45,7 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class EnergyMeter:
-    """Meters this process's devices from `start` to `stop`, or over a with block.
+    """Meters this process's devices from `start` to `stop`, over a with block, or, as a decorator, over each call.
 
     ledger            file to append to (a new segment of it); None keeps everything in memory
     devices           GPU UUIDs; None or [] is this host's processors (RAPL, else an estimate)
@@ -57,7 +61,8 @@ class EnergyMeter:
     on stderr. A second meter on the same device only warns, and the segment line records it.
 
     Under `moe energy run` (MOE_LEDGER set) the outer ledger already bills this process. This meter then still reads and
-    writes its own ledger, whose segment line says `metered_by`, so that whoever adds ledgers up counts the joules once.
+    writes its own ledger, which `moe compare` needs; its segment line says `metered_by`, and `moe energy total` counts
+    what both ledgers hold once, as the outer one read it, for the purposes that this one tells.
     """
 
     def __init__(
@@ -214,6 +219,18 @@ class EnergyMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop("stopped" if kind is None else kind.__name__)
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """As a decorator: each call of `function` is one segment; one within a metered call belongs to that."""
+
+        @functools.wraps(function)
+        def metered(*args: P.args, **kwargs: P.kwargs) -> T:
+            if self._running:
+                return function(*args, **kwargs)
+            with self:
+                return function(*args, **kwargs)
+
+        return metered
 
     def phase(self, name: str) -> None:
         """The program is now in this phase (data, forward_backward, optimizer, evaluation, checkpoint, idle)."""

@@ -10,10 +10,20 @@ from dataclasses import dataclass
 
 from moe.energy.clock import boottime_ns
 
-__all__ = ["STARTUP", "STEP_PHASES", "Mark", "PhaseClock"]
+__all__ = ["LOST", "PURPOSE_OF", "STARTUP", "STEP_PHASES", "Mark", "PhaseClock"]
 
 STARTUP = "startup"  # from the start of the process to the start of the meter
 STEP_PHASES = frozenset({"data", "forward_backward", "optimizer"})  # the time of optimizer steps
+LOST = "lost_to_restarts"  # what steps are for that a later segment did again
+PURPOSE_OF = {  # phase -> what it is for, in a programme of runs; whatever else a program calls a phase is its own
+    "forward_backward": "training",
+    "optimizer": "training",
+    "data": "data",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoints",
+    "idle": "startup_and_idle",
+    STARTUP: "startup_and_idle",
+}
 
 
 @dataclass(frozen=True)

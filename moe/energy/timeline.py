@@ -2,13 +2,14 @@
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from moe.energy.clock import parse_utc_ns
 from moe.energy.conditions import pick_conditions
 from moe.energy.ledger import Record
-from moe.energy.phases import STEP_PHASES
+from moe.energy.phases import LOST, PURPOSE_OF, STEP_PHASES
 from moe.energy.track import DeviceTrack
 
 __all__ = ["UNATTRIBUTED", "DeviceLine", "Segment", "apportion"]
@@ -88,6 +89,10 @@ class DeviceLine:
         left_ns, right_ns = self.times_ns[right - 1], self.times_ns[right]
         left_mj, right_mj = self.energies_mj[right - 1], self.energies_mj[right]
         return left_mj + (right_mj - left_mj) * (at_ns - left_ns) / (right_ns - left_ns)
+
+    def whole_mj_at(self, at_ns: int) -> int:
+        """`energy_at` in whole millijoules, so that the parts of a stretch sum to it."""
+        return round(self.energy_at(at_ns))
 
     def band_j(self) -> float:
         """Sensor gain on all of it, and the quantisation of its two ends: at most a tick of full power each."""
@@ -213,20 +218,48 @@ class Segment:
                     useful_mj += delta_mj * useful_share
         return energies, useful_mj
 
+    def purposes(self, uuid: str, last_step: int) -> tuple[dict[str, int], dict[str, int]]:
+        """(millijoules, nanoseconds) of one device by purpose: of all its readings, and of the whole segment."""
+        line, energies, times = self.lines[uuid], dict[str, int](), dict[str, int]()
+        for i in range(1, len(line.times_ns)):
+            weights = dict[str, int]()
+            first_span = bisect_right(self.spans, line.times_ns[i - 1], key=lambda span: span.end_ns)
+            for name, weight, survives in self._parts(first_span, line.times_ns[i - 1], line.times_ns[i], last_step):
+                _add(weights, name, weight, survives)
+            for purpose, part_mj in apportion(line.energies_mj[i] - line.energies_mj[i - 1], weights).items():
+                energies[purpose] = energies.get(purpose, 0) + part_mj
+        for span in self.spans:
+            for name, spent_ns in span.phase_ns.items():
+                _add(times, name, spent_ns, span.surviving(last_step))
+        return energies, apportion(self.elapsed_ns, times)
+
     def _weights(self, first_span: int, start_ns: int, end_ns: int, last_step: int) -> tuple[dict[str, int], float]:
         weights: dict[str, int] = {}
         useful = 0.0
+        for name, weight, survives in self._parts(first_span, start_ns, end_ns, last_step):
+            weights[name] = weights.get(name, 0) + weight
+            if name in STEP_PHASES:
+                useful += weight * survives
+        whole = sum(weights.values())
+        return weights, useful / whole if whole else 0.0
+
+    def _parts(self, first_span: int, start_ns: int, end_ns: int, last_step: int) -> Iterator[tuple[str, int, float]]:
+        """(phase, its nanoseconds between two moments, share of them that survives), from `first_span` on."""
         for position in range(first_span, len(self.spans)):  # no slice: it would copy the rest of the run each time
             span = self.spans[position]
             if span.start_ns >= end_ns:
-                break
+                return
             length_ns = span.end_ns - span.start_ns
             overlap_ns = min(end_ns, span.end_ns) - max(start_ns, span.start_ns)
             survives = span.surviving(last_step)
             for name, spent_ns in span.phase_ns.items():
-                weight = spent_ns * overlap_ns // length_ns if length_ns else 0
-                weights[name] = weights.get(name, 0) + weight
-                if name in STEP_PHASES:
-                    useful += weight * survives
-        whole = sum(weights.values())
-        return weights, useful / whole if whole else 0.0
+                yield name, spent_ns * overlap_ns // length_ns if length_ns else 0, survives
+
+
+def _add(weights: dict[str, int], phase: str, weight: int, survives: float) -> None:
+    """Add the time of a phase to its purposes: a step that a restart threw away has none but that."""
+    kept = round(weight * survives) if phase in STEP_PHASES else weight
+    purpose = PURPOSE_OF.get(phase, "other_programs")
+    weights[purpose] = weights.get(purpose, 0) + kept
+    if kept < weight:
+        weights[LOST] = weights.get(LOST, 0) + weight - kept

@@ -239,3 +239,19 @@ def test_a_ledger_ends_where_it_is_cut(tmp_path: Path) -> None:
     assert (tmp_path / "all").read_bytes() == (tmp_path / "whole").read_bytes()
     cut_ledger(tmp_path / "whole", tmp_path / "half", lambda line: line["kind"] == "segment", "cut")
     assert [line["kind"] for line in read_ledger(tmp_path / "half")] == ["segment", "end"]
+
+
+def test_a_programme_counts_what_a_branch_shares_once(place: Path) -> None:
+    """`moe energy total` of trunk and branch: the sum of the two less what branch.json says they share."""
+    done = _python(place, "-m", "moe.cli", "energy", "total", "runs/trunk", "runs/trunk-at-15", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    trunk, run = RunDir(place / "runs/trunk"), RunDir(place / "runs/trunk-at-15")
+    totals = [fold_ledgers(each.ledgers()).total for each in (trunk, run)]
+    shared = run.read_json(run.branch)["shared"]
+    half = said["measured" if totals[0].measured else "estimated"]
+    assert half["energy_j"] == pytest.approx(
+        sum(total.energy_j or 0 for total in totals) - shared["energy_j"], abs=1e-6
+    )
+    assert half["device_hours"] == pytest.approx(sum(total.device_hours for total in totals) - shared["device_hours"])
+    assert said["recognised"][0].startswith("runs/trunk-at-15 is a branch of runs/trunk: ")

@@ -34,6 +34,14 @@ def ledger_of(folder: Path) -> Path:
     return path
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and waits for nobody in particular does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("code", [0, 7])
 def test_the_commands_exit_code_and_output_come_back(moe, tmp_path, code):
     """Standard output is the command's alone; the summary goes to stderr; the ledger has a place of its own."""
@@ -227,7 +235,15 @@ def test_the_command_line_starts_in_half_a_second(moe):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    for words in (["--help"], ["run", "--help"], ["report", "r", "--json"]):
+    light = (
+        ["--help"],
+        ["run", "--help"],
+        ["report", "r", "--json"],
+        ["total", "r"],
+        ["card", "r"],
+        ["prometheus", "r"],
+    )
+    for words in light:
         assert any(spent_s(*words) < 0.5 for _ in range(5))
 
 
@@ -246,3 +262,69 @@ def test_a_ledger_cannot_steer_the_terminal_of_who_reads_it(moe, tmp_path):
     text = moe("report", "r", env={**os.environ, "COLUMNS": "200"}).stdout
     assert "\x1b" not in text
     assert "\N{REPLACEMENT CHARACTER}[2J[bold]evil[/bold]" in text
+
+
+def test_a_program_that_ignores_sigterm_goes_on_and_is_metered_to_its_end(tmp_path):
+    """The meter neither kills what asked to live nor leaves it unbilled."""
+    code = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+print("up", flush=True)
+time.sleep(1.5)
+"""
+    command = [*MOE, "run", "--out", "r", "--", sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "up\n"
+        process.terminate()
+        assert process.stdout.readline() == "asked\n"
+        assert process.poll() is None
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+    segment = fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0]
+    assert (segment.ended, segment.elapsed_s > 1.5) == ("end", True)
+
+
+def test_what_a_program_leaves_running_does_not_keep_the_meter(moe, tmp_path):
+    """A daemon's parent ends, and so does the segment: the meter waits for the program it started alone."""
+    done = moe("run", "--out", "r", "--", "sh", "-c", "setsid sleep 30 >/dev/null 2>&1 & echo $!")
+    os.kill(int(done.stdout), signal.SIGKILL)
+    assert done.returncode == 0
+    segment = fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0]
+    assert (segment.ended, segment.elapsed_s < 25) == ("end", True)
+
+
+def test_a_signal_to_the_whole_group_ends_program_and_children(tmp_path, wait_until):
+    """As a scheduler sends it: nobody is left, and the ledger is ended."""
+    command = [*MOE, "run", "--out", "r", "--", "sh", "-c", "sleep 60 & echo $!; wait"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, start_new_session=True, **streams) as process:
+        child = int(process.stdout.readline())
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    wait_until(lambda: not is_alive(child))
+    assert fold_ledgers([tmp_path / "r" / "ledger.jsonl"]).segments[0].ended == "end"
+
+
+def test_a_run_metered_from_outside_counts_once(node, gpu, tmp_path):
+    """Inside `moe energy run` a meter keeps its own ledger; the total of both is the outer one's to the millijoule."""
+    code = f"""
+import time
+from moe.energy import EnergyMeter
+with EnergyMeter("inner/ledger.jsonl", devices=[{gpu.uuid!r}], interval_s=0.2) as meter:
+    meter.phase("forward_backward")
+    time.sleep(1)
+    meter.progress(1, 64)
+"""
+    command = [*MOE, "run", "--out", "outer", "--", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=tmp_path, env=node.env, capture_output=True).returncode == 0
+    outer, inner = (fold_ledgers([tmp_path / name / "ledger.jsonl"]).total for name in ("outer", "inner"))
+    assert 0 < inner.energy_mj <= outer.energy_mj
+    command = [*MOE, "total", ".", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=node.env, capture_output=True, text=True)
+    said = json.loads(done.stdout)
+    assert said["measured"]["energy_j"] == outer.energy_j
+    assert said["measured"]["device_hours"] == pytest.approx(outer.device_hours)
+    shares = {share["name"]: share["measured"]["energy_j"] for share in said["runs"]}
+    assert shares == {"inner": inner.energy_j, "outer": pytest.approx(outer.energy_j - inner.energy_j)}
+    assert said["measured"]["purposes"]["training"]["energy_j"] > 400

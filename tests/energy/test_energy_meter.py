@@ -340,3 +340,20 @@ def test_a_meter_can_be_asked_before_it_starts_and_started_again(tmp_path):
         with meter:
             assert meter.segment == segment
     assert meter.snapshot().energy_j == fold_ledgers([tmp_path / "ledger.jsonl"]).total.energy_j
+
+
+def test_as_a_decorator_each_call_is_a_segment(tmp_path):
+    """Arguments, result and errors pass through; a call within a metered call belongs to it."""
+    meter = EnergyMeter(tmp_path / "ledger.jsonl", declared_power_w=10)
+
+    @meter
+    def countdown(n: int, end: int = 0) -> int:
+        """Down to the end."""
+        return n if n == end else countdown(n - 1, end=end)
+
+    assert countdown(3, end=1) == 1
+    with pytest.raises(RecursionError):
+        countdown(0, end=1)
+    assert countdown.__doc__ == "Down to the end."
+    ends = [part.end_reason for part in fold_ledgers([tmp_path / "ledger.jsonl"]).segments]
+    assert ends == ["stopped", "RecursionError"]

@@ -8,12 +8,11 @@ utilisation. A share of the baseboard and a share of the whole server differ by 
 reserved but idle count: the hours are device-hours.
 """
 
-from moe.energy.fold import NS_PER_HOUR, Fold
 from moe.energy.footprint.factors import Factor, matching, stated, table
 from moe.energy.footprint.quantity import Interval, Quantity
 from moe.errors import ConfigError
 
-__all__ = ["gpu_hours", "hardware_numbers", "life_of"]
+__all__ = ["hardware_numbers", "life_of"]
 
 HOURS_PER_YEAR = 8760
 # number -> (kind of the hardware table, unit, factor from the table's kilograms)
@@ -22,17 +21,6 @@ _NUMBERS = {
     "embodied_server": ("embodied_server", "gCO2e", 1000.0),
     "e_waste": ("mass", "g", 1000.0),
 }
-
-
-def gpu_hours(fold: Fold) -> dict[str, float]:
-    """Device-hours by the name the driver gives, accelerators only."""
-    hours: dict[str, float] = {}
-    for segment in (segment for file in fold.files for segment in file.segments):
-        for line in segment.lines.values():
-            if line.device["kind"] == "gpu":
-                name = line.device["name"]
-                hours[name] = hours.get(name, 0.0) + segment.elapsed_ns / NS_PER_HOUR
-    return hours
 
 
 def life_of(lifetime: float | None, utilisation: float | None) -> tuple[Factor, Factor] | None:

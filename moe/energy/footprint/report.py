@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe.energy.fold import Fold
+from moe.energy.footprint.basis import Basis
 from moe.energy.footprint.carbon import carbon_of, intensity_of
-from moe.energy.footprint.embodied import gpu_hours, hardware_numbers, life_of
+from moe.energy.footprint.embodied import hardware_numbers, life_of
 from moe.energy.footprint.everyday import everyday_numbers
 from moe.energy.footprint.factors import Factor, factor_of, number, stated
 from moe.energy.footprint.money import cost_of_devices, cost_of_energy, price_of
-from moe.energy.footprint.profile import EnergyProfile
 from moe.energy.footprint.quantity import Interval, Quantity
 from moe.energy.footprint.sci import sci_of
 from moe.energy.footprint.water import grid_water_of, site_water_of, water_of
@@ -73,31 +73,35 @@ class Footprint:
         }
 
 
-def footprint_of(fold: Fold, stated_by_user: Stated) -> Footprint:
-    """Everything that can be said. Energy that was never read leaves out all that depends on it.
+def footprint_of(spent: Fold | Basis, stated_by_user: Stated) -> Footprint:
+    """Everything that can be said of a run, or of what else a basis was made of.
 
+    Energy that was never read leaves out all that depends on it.
     Raises ConfigError for a factor that cannot be, a zone that no row has, a series that does not fit.
     """
     said, result = stated_by_user, Footprint()
+    basis = spent if isinstance(spent, Basis) else Basis.of_run(spent)
     pue = _pue_of(said)
     site_water = site_water_of(said.wue)
     life = life_of(said.lifetime, said.utilisation)
-    if fold.total.energy_j is None:
+    if basis.energy_mj is None:
         result.notes.append("no energy was read: its carbon, water and price are not known")
     else:
-        _operation(result, fold, said, pue, site_water)
+        _operation(result, basis, said, pue, site_water)
     if said.price is not None:
         price = result.use("price", stated("--price", said.price, "currency/device-hour", "price"))
-        result.numbers["cost_devices"] = cost_of_devices(fold.total.device_hours, price)
+        result.numbers["cost_devices"] = cost_of_devices(basis.device_hours, price)
     if life is not None:
-        _hardware(result, fold, *life)
+        _hardware(result, basis, *life)
     return result
 
 
-def _operation(result: Footprint, fold: Fold, said: Stated, pue: Factor | None, site_water: dict[str, Factor]) -> None:
+def _operation(
+    result: Footprint, basis: Basis, said: Stated, pue: Factor | None, site_water: dict[str, Factor]
+) -> None:
     """What the run's energy entails: carbon, water, the electricity bill."""
-    numbers, profile, energy_mj = result.numbers, EnergyProfile(fold), fold.total.energy_mj
-    it = facility = numbers["energy_it"] = _energy_of(fold)
+    numbers, profile, energy_mj = result.numbers, basis.profile, basis.energy_mj or 0
+    it = facility = numbers["energy_it"] = _energy_of(basis)
     if pue is not None:
         result.use("pue", pue)
         facility = numbers["energy_facility"] = it.times(
@@ -122,15 +126,15 @@ def _operation(result: Footprint, fold: Fold, said: Stated, pue: Factor | None, 
         plain, factors = everyday_numbers(facility, numbers["carbon_location"])
         numbers |= plain
         result.factors |= factors
-    if fold.total.coverage < 0.99:
-        result.notes.append(f"the meter saw {fold.total.coverage:.1%} of the devices' time: the rest is in no number")
+    if basis.coverage < 0.99:
+        result.notes.append(f"the meter saw {basis.coverage:.1%} of the devices' time: the rest is in no number")
     if it.scope == "gpu":
         result.notes.append("the energy is that of the GPUs alone: processors, memory and network are in no number")
 
 
-def _hardware(result: Footprint, fold: Fold, years: Factor, utilisation: Factor) -> None:
+def _hardware(result: Footprint, basis: Basis, years: Factor, utilisation: Factor) -> None:
     """The share of making the hardware, and with it the SCI."""
-    hours = gpu_hours(fold)
+    hours = basis.gpu_hours
     made, factors = hardware_numbers(hours, years, utilisation)
     result.numbers |= made
     result.factors |= {"lifetime": years, "utilisation": utilisation, **factors}
@@ -139,19 +143,18 @@ def _hardware(result: Footprint, fold: Fold, years: Factor, utilisation: Factor)
         result.notes.append(f"no table has the embodied carbon of servers of {devices}: it and the SCI are left out")
     elif "carbon_location" in result.numbers:
         location = result.numbers["carbon_location"]
-        result.numbers |= sci_of(location, made["embodied_server"], fold.tokens)
+        result.numbers |= sci_of(location, made["embodied_server"], basis.tokens)
 
 
-def _energy_of(fold: Fold) -> Quantity:
-    total = fold.total
-    kwh, band = (total.energy_j or 0.0) / 3.6e6, total.band_j / 3.6e6
+def _energy_of(basis: Basis) -> Quantity:
+    kwh, band = (basis.energy_mj or 0) / 3.6e9, basis.band_j / 3.6e6
     return Quantity(
         amount=Interval(kwh, max(0.0, kwh - band), kwh + band),
         unit="kWh",
-        source=total.source,
-        scope=total.scope,
+        source=basis.source,
+        scope=basis.scope,
         method="IT energy",
-        energy="measured" if total.measured else "estimate",
+        energy="measured" if basis.measured else "estimate",
     )
 
 

@@ -278,7 +278,7 @@ def test_intervals_sum_to_the_total_and_segments_change_nothing(new_segment, tmp
     whole, cut = fold_of("whole.jsonl", set()), fold_of("cut.jsonl", cuts)
     assert len(cut.segments) == 5
     assert whole.total.energy_mj == cut.total.energy_mj
-    profile = EnergyProfile(whole)
+    profile = EnergyProfile.of_run(whole)
     joined = series.join(profile)
     covered_mj = sum(part.energy_mj for part in joined)
     gaps_mj = sum(
@@ -291,6 +291,6 @@ def test_intervals_sum_to_the_total_and_segments_change_nothing(new_segment, tmp
     factor = series.over(profile, whole.total.energy_mj)
     assert factor.amount.value * covered_mj == pytest.approx(sum(p.energy_mj * p.point.value for p in joined))
     assert factor.amount.low <= factor.amount.value <= factor.amount.high
-    again = series.over(EnergyProfile(cut), cut.total.energy_mj).amount
+    again = series.over(EnergyProfile.of_run(cut), cut.total.energy_mj).amount
     for one, other in zip(vars(factor.amount).values(), vars(again).values(), strict=True):
         assert other == pytest.approx(one, rel=1e-9)

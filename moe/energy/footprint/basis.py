@@ -1,0 +1,50 @@
+"""What a footprint is made of: energy and time, of one run or of a whole programme of them."""
+
+from dataclasses import dataclass
+
+from moe.energy.fold import NS_PER_HOUR, Fold
+from moe.energy.footprint.profile import EnergyProfile
+
+__all__ = ["Basis"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Energy, None when nothing was read, with its band; what was held, in hours; when it was used.
+
+    gpu_hours  device-hours by the name the driver gives, accelerators only
+    tokens     those of the final lineage; None where there is no such thing
+    """
+
+    energy_mj: int | None
+    band_j: float
+    source: str
+    scope: str
+    measured: bool
+    coverage: float
+    device_hours: float
+    gpu_hours: dict[str, float]
+    tokens: int | None
+    profile: EnergyProfile
+
+    @classmethod
+    def of_run(cls, fold: Fold) -> "Basis":
+        """That of one folded run."""
+        total, gpu_hours = fold.total, dict[str, float]()
+        for segment in (segment for file in fold.files for segment in file.segments):
+            for line in segment.lines.values():
+                if line.device["kind"] == "gpu":
+                    name = line.device["name"]
+                    gpu_hours[name] = gpu_hours.get(name, 0.0) + segment.elapsed_ns / NS_PER_HOUR
+        return cls(
+            energy_mj=None if total.energy_j is None else total.energy_mj,
+            band_j=total.band_j,
+            source=total.source,
+            scope=total.scope,
+            measured=total.measured,
+            coverage=total.coverage,
+            device_hours=total.device_hours,
+            gpu_hours=gpu_hours,
+            tokens=fold.tokens,
+            profile=EnergyProfile.of_run(fold),
+        )
