@@ -62,9 +62,18 @@ class Check(NamedTuple):
                 if device.type == "cpu" and dtype == torch.bfloat16:
                     continue  # the interpreter's bf16 product is not right; it is not the compiler under test either
                 wanted = self.probe(Side("torch", cpu, torch.float32, dtype))
-                found = self.probe(Side("triton", device, dtype, dtype))
+                found = self._triton(Side("triton", device, dtype, dtype))
                 for name, want in wanted.items():
                     _compare(f"{self.op} {name}", want, found[name], tolerance, device)
+
+    def _triton(self, side: Side) -> Mapping[str, Tensor | None]:
+        try:
+            return self.probe(side)
+        except Exception as error:  # a compiler's, a launch's: all mean that it does not work here
+            raise KernelError(
+                f"{self.op} cannot be run by triton {VERSION} on {side.device} ({error}): pass backend='torch' or "
+                "install another triton"
+            ) from error
 
 
 @contextmanager

@@ -99,7 +99,9 @@ def registered_checks() -> list[Check]:
 def _self_check(device: torch.device) -> None:
     here = (torch.cuda.get_device_name(device), _triton.VERSION, torch.__version__)
     with _checking:  # other threads wait for the verdict
-        for check in registered_checks():
-            if (check.op, *here) not in _passed:
-                check.run(device)
-                _passed.add((check.op, *here))
+        missing = [check for check in registered_checks() if (check.op, *here) not in _passed]
+        if missing:
+            _say_once(f"checking the Triton kernels on {here[0]}: a minute or two where they were never compiled")
+        for check in missing:
+            check.run(device)
+            _passed.add((check.op, *here))

@@ -11,7 +11,7 @@ from .configs import Config, config_for, n_programs
 from .grouped_kernels import product_kernel, wgrad_kernel
 from .tiles import GROUP, TileSchedule
 
-__all__ = ["aligned", "as_it_lies", "launch", "product", "row_tile_options", "wgrad"]
+__all__ = ["as_it_lies", "launch", "product", "row_tile_options", "unit_of", "wgrad"]
 
 
 def launch(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
@@ -32,9 +32,11 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether these contiguous tensors have rows of whole 16 bytes at addresses divisible by 16, as TMA wants."""
-    return all(not t.shape[-1] * t.element_size() % 16 and not t.data_ptr() % 16 for t in tensors)
+def unit_of(*tensors: Tensor) -> int:
+    """Elements in 16 bytes where these contiguous tensors, of one dtype, have rows of whole 16 bytes at addresses
+    divisible by 16, as TMA and vector loads want; else 1. To be asked of tensors that show every width of a launch."""
+    aligned = all(not t.shape[-1] * t.element_size() % 16 and not t.data_ptr() % 16 for t in tensors)
+    return 16 // tensors[0].element_size() if aligned else 1
 
 
 def as_it_lies(w: Tensor, transposed: bool) -> tuple[Tensor, bool]:
@@ -47,9 +49,10 @@ def as_it_lies(w: Tensor, transposed: bool) -> tuple[Tensor, bool]:
     return w.contiguous(), not transposed
 
 
-def row_tile_options(config: Config, n_in: int, inputs_last: bool) -> dict[str, Any]:
+def row_tile_options(config: Config, unit: int, n_in: int, inputs_last: bool) -> dict[str, Any]:
     """Compile-time arguments that all products of rows with weights have."""
     return {
+        "UNIT": unit,
         "BM": config.rows,
         "BN": config.cols,
         "BK": config.step,
@@ -75,10 +78,14 @@ def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool, clear_r
     if y.numel() == 0:
         return y
     w, inputs_last = as_it_lies(w, transposed)
-    config = config_for("product", x.dtype, x.device, tiles.block, aligned(x, w))
+    unit = unit_of(x, w, y)
+    config = config_for("product", x.dtype, x.device, tiles.block, unit > 1)
     work = len(tiles.tiles_N3) * triton.cdiv(n_out, config.cols)
     args = (x, w, y, tiles.tiles_N3, tiles.count_1, len(x), n_experts, n_in, n_out)
-    options = row_tile_options(config, n_in, inputs_last) | {"FLATTEN": config.flatten, "SPECIALIZE": config.specialize}
+    options = row_tile_options(config, unit, n_in, inputs_last) | {
+        "FLATTEN": config.flatten,
+        "SPECIALIZE": config.specialize,
+    }
     launch(product_kernel, n_programs(config, x.device, work), args, options)
     return y
 
@@ -102,11 +109,13 @@ def wgrad(
     if dw.numel() == 0 or len(x) == 0 or len(dy) == 0:
         return dw.zero_()
     n_rows = len(x if gather == "dy" else dy)
-    config = config_for("wgrad_gathered" if gather else "wgrad", x.dtype, x.device, block, aligned(dy, x))
+    unit = unit_of(dy, x)
+    config = config_for("wgrad_gathered" if gather else "wgrad", x.dtype, x.device, block, unit > 1)
     work = n_experts * triton.cdiv(n_out, config.rows) * triton.cdiv(n_in, config.cols)
     args = (dy, x, order, dw, offsets, n_rows, n_experts, n_out, n_in)
     options = {
         "TOP_K": top_k,
+        "UNIT": unit,
         "BO": config.rows,
         "BI": config.cols,
         "BR": config.step,

@@ -7,6 +7,10 @@ it wants rows of 16 aligned bytes and no gathering. Everything else goes by poin
 over a group's end into the next expert's rows: they are multiplied and never stored. A tile of a weight does not: the
 expert is a dimension of its own there, past whose edges the engine fills in zeros.
 
+UNIT divides all widths: 16 bytes of elements where the host has seen that it does, else 1. Kernels round the widths
+down to it, which changes nothing but what the compiler knows: by itself Triton tells widths that 16 divides from all
+others, and of 8 it would load 16-bit elements one by one.
+
 The kernels are persistent: a program takes every n-th tile, and makes its descriptors once. TMA addresses with 32 bits
 per dimension, the pointers are 64 bits wide.
 """
@@ -104,6 +108,7 @@ def product_kernel(
     n_experts,
     n_in,
     n_out,
+    UNIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -120,6 +125,8 @@ def product_kernel(
     2 R I O FLOP; (R I + E I O + R O) elements moved. With r rows per expert that is about r FLOP per byte of weights in
     16 bits: limited by the tensor cores from some 200 rows on, below by reading the weights.
     """
+    n_in = n_in // UNIT * UNIT
+    n_out = n_out // UNIT * UNIT
     x = rows_operand(p_x, n_rows, n_in, BM, BK, TMA)
     w = weight_operand(p_w, n_experts, n_in, n_out, BK, BN, INPUTS_LAST, TMA)
     n_row_tiles = tl.load(p_count)
@@ -189,6 +196,7 @@ def wgrad_kernel(
     n_out,
     n_in,
     TOP_K: tl.constexpr,
+    UNIT: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
     BR: tl.constexpr,
@@ -204,6 +212,8 @@ def wgrad_kernel(
     is one more step, by pointer. 2 R I O FLOP; (R I + R O + E I O) elements moved, of which dw in fp32 counts twice:
     limited by the tensor cores from some 400 rows per expert on, below by writing dw.
     """
+    n_in = n_in // UNIT * UNIT
+    n_out = n_out // UNIT * UNIT
     dy = rows_operand(p_dy, n_rows, n_out, BR, BO, TMA and not GATHER_DY)
     x = rows_operand(p_x, n_rows, n_in, BR, BI, TMA and not GATHER_X)
     n_out_tiles = tl.cdiv(n_out, BO)

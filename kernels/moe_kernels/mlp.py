@@ -88,7 +88,7 @@ def _check(
             f"gate_up_EFD {tuple(gate_up.shape)} and down_EDF {tuple(down.shape)} do not fit x_TD {tuple(x.shape)}: "
             "give (experts, 2 * hidden, model) and (experts, model, hidden)"
         )
-    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape != weight.shape:
+    if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape != weight.shape or not index.shape[1]:
         raise KernelError(
             f"topk_index_TK {tuple(index.shape)} and topk_weight_TK {tuple(weight.shape)} must both be "
             f"({x.shape[0]}, top_k)"

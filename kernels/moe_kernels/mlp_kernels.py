@@ -29,6 +29,7 @@ def swiglu_kernel(
     n_experts,
     n_in,
     n_hidden,
+    UNIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -46,6 +47,8 @@ def swiglu_kernel(
     4 R D F FLOP; (R D + 2 E D F + 3 R F) elements moved. With enough rows the tensor cores are the limit: on an H200
     (780 TFLOP/s, 4.3 TB/s) storing h and a in 16 bits takes 272 / D of the product's time, 13 % at D = 2048.
     """
+    n_in = n_in // UNIT * UNIT
+    n_hidden = n_hidden // UNIT * UNIT
     n_out = 2 * n_hidden
     w = weight_operand(p_w, n_experts, n_in, n_out, BK, BN, INPUTS_LAST, TMA)
     n_row_tiles = tl.load(p_count)
@@ -96,6 +99,7 @@ def swiglu_backward_kernel(
     n_experts,
     n_in,
     n_hidden,
+    UNIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -113,6 +117,8 @@ def swiglu_backward_kernel(
     2 R D F FLOP; (R D + E D F + 5 R F) elements moved: reading h and storing dh and a takes 907 / D of the product's
     time on an H200, 44 % at D = 2048, so that the memory is the limit below D = 1000.
     """
+    n_in = n_in // UNIT * UNIT
+    n_hidden = n_hidden // UNIT * UNIT
     w = weight_operand(p_w, n_experts, n_in, n_hidden, BK, BN, INPUTS_LAST, TMA)
     n_row_tiles = tl.load(p_count)
     n_col_tiles = tl.cdiv(n_hidden, BN)

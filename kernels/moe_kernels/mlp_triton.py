@@ -15,7 +15,7 @@ from ._triton import triton
 from .combine import sum_slots
 from .configs import config_for, n_programs, row_block
 from .dispatch import sort_rows
-from .gemm_triton import aligned, as_it_lies, launch, product, row_tile_options, wgrad
+from .gemm_triton import as_it_lies, launch, product, row_tile_options, unit_of, wgrad
 from .mlp_kernels import swiglu_backward_kernel, swiglu_kernel
 from .tiles import TileSchedule, schedule_tiles
 
@@ -39,7 +39,7 @@ def forward(
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
     h, wa = swiglu_product(x.contiguous(), gate_up.to(x.dtype), order, _flat(weight), tiles, weighting)
     out = product(wa, down.to(x.dtype), tiles, False, null_experts > 0)
-    return sum_slots(out, place, top_k, "triton"), h, order, place, offsets.clone()
+    return sum_slots(out, place, top_k, "triton"), h, order, place, offsets.clone() if null_experts else offsets
 
 
 def backward(
@@ -92,11 +92,12 @@ def swiglu_product(
     if wa.numel() == 0:
         return h, wa
     gate_up, inputs_last = as_it_lies(gate_up, False)
-    # wa's width is also where up begins, in the layout with outputs last
-    config = config_for("swiglu", x.dtype, x.device, tiles.block, aligned(x, gate_up, wa))
+    unit = unit_of(x, gate_up, wa)
+    config = config_for("swiglu", x.dtype, x.device, tiles.block, unit > 1)
     work = len(tiles.tiles_N3) * triton.cdiv(hidden, config.cols)
     args = (x, gate_up, order, weight, h, wa, tiles.tiles_N3, tiles.count_1, n_experts, width, hidden)
-    options = row_tile_options(config, width, inputs_last) | {"TOP_K": weight.shape[1], "WEIGHTING": weighting}
+    options = row_tile_options(config, unit, width, inputs_last)
+    options |= {"TOP_K": weight.shape[1], "WEIGHTING": weighting}
     launch(swiglu_kernel, n_programs(config, x.device, work), args, options)
     return h, wa
 
@@ -118,13 +119,17 @@ def swiglu_backward_product(
     n_experts, width, hidden = down.shape
     down, inputs_last = as_it_lies(down, True)
     dh, wa = torch.empty_like(h), h.new_empty(len(h), hidden)
-    config = config_for("swiglu_backward", dy.dtype, dy.device, tiles.block, aligned(dy, down))
+    unit = unit_of(dy, down, wa)
+    config = config_for("swiglu_backward", dy.dtype, dy.device, tiles.block, unit > 1)
     n_parts = triton.cdiv(hidden, config.cols)
     allot = torch.zeros if some_unread or weighting == "none" else torch.empty  # what no program writes is 0
     parts = allot(len(order), n_parts, dtype=torch.float32, device=dy.device)
     if wa.numel():
         work = len(tiles.tiles_N3) * n_parts
         args = (dy, down, order, weight, h, dh, wa, parts, tiles.tiles_N3, tiles.count_1, n_experts, width, hidden)
-        options = row_tile_options(config, width, inputs_last) | {"TOP_K": weight.shape[1], "WEIGHTING": weighting}
+        options = row_tile_options(config, unit, width, inputs_last) | {
+            "TOP_K": weight.shape[1],
+            "WEIGHTING": weighting,
+        }
         launch(swiglu_backward_kernel, n_programs(config, dy.device, work), args, options)
     return dh, wa, parts.sum(1)
