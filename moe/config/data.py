@@ -52,6 +52,8 @@ class DataConfig(Section):
             self.fail("source", "names no source; try data.source=stdlib")
         if len(self.weights) != len(self.sources) and (self.weights or len(self.sources) > 1):
             self.fail("weights", f"must give one number for each of the {len(self.sources)} sources of data.source")
+        if self.shuffle_buffer and not self.streaming:
+            self.fail("shuffle_buffer", "needs data.streaming=true; without it all sequences are shuffled anyway")
 
     @property
     def sources(self) -> tuple[str, ...]:

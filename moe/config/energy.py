@@ -21,7 +21,10 @@ class EnergyConfig(Section):
         None, at_least=0, doc="what an hour of one device costs, in a currency of your own", may_change=True
     )
     price_per_kwh: float | None = setting(
-        None, at_least=0, doc="what a kilowatt-hour costs, in the same currency", may_change=True
+        None,
+        at_least=0,
+        doc="what a kilowatt-hour costs, in the same currency; train.max_cost takes both prices together",
+        may_change=True,
     )
     interval_s: float = setting(1.0, at_least=0.1, at_most=60, doc="seconds between sensor readings", may_change=True)
 

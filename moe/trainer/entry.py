@@ -29,7 +29,7 @@ from moe.trainer.environment import describe
 from moe.trainer.hooks import Hooks
 from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
-from moe.trainer.signals import Stopped, StopRequest
+from moe.trainer.signals import Stopped, StopRequest, leave
 from moe.trainer.start import Start, discard_later, find_start
 
 __all__ = ["exit_with", "main", "train"]
@@ -58,7 +58,7 @@ def main(recipe: Recipe, words: Sequence[str] | None = None, *, hooks: Hooks | N
         name = error.filename or "a file"
         exit_with(f"{name} cannot be written ({error.strerror}); mend that, and the same command goes on")
     if outcome.reason in signal.Signals.__members__:
-        raise SystemExit(128 + signal.Signals[outcome.reason])
+        leave(128 + signal.Signals[outcome.reason])
 
 
 def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:

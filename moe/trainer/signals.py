@@ -4,18 +4,20 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-__all__ = ["StopRequest", "Stopped", "interruptible"]
+__all__ = ["StopRequest", "Stopped", "interruptible", "leave"]
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
+_LEFT = "interruptible"  # name of the threads
 
 
 class Stopped(BaseException):
@@ -76,8 +78,20 @@ def interruptible(work: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, name="interruptible", daemon=True).start()
+    threading.Thread(target=run, name=_LEFT, daemon=True).start()
+    while not wait([done], timeout=1.0).done:  # a signal right before a wait is lost until the wait ends
+        pass
     return done.result()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. With a thread of `interruptible` still at work it ends at once, after flushing what was printed:
+    Python's own end stops such a thread in whatever extension it is in, which aborts the process."""
+    if any(thread.name == _LEFT for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _die_with_parent() -> None:

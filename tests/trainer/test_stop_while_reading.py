@@ -1,8 +1,11 @@
 """A stop that comes while text is read or tokenised, before the first step."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +23,23 @@ def silent(place: Place) -> Iterator[str]:
     os.mkfifo(place.folder / "silent")
     yield "silent"
     (place.folder / "silent").unlink()
+
+
+@pytest.fixture
+def endless(place: Place) -> Iterator[str]:
+    """A source that a line comes out of every few milliseconds, so that whoever reads it keeps waking up."""
+    path = place.folder / "endless"
+    os.mkfifo(path)
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), path.open("w", buffering=1) as pipe:
+            while True:
+                pipe.write("a line of text that somebody else writes\n")
+                time.sleep(0.002)
+
+    threading.Thread(target=write, daemon=True).start()
+    yield "endless"
+    path.unlink()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -42,12 +62,16 @@ def test_a_run_that_waits_for_text_stops(place: Place, silent: str, ranks: int) 
     assert len(place.losses(name)) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_exit_code_names_the_signal(place: Place, silent: str, number: signal.Signals) -> None:
-    """Without a launcher: 128 + signal, and no traceback."""
+@pytest.mark.parametrize(("number", "source"), [(signal.SIGTERM, "endless"), (signal.SIGINT, "silent")])
+def test_the_exit_code_names_the_signal(
+    place: Place, number: signal.Signals, source: str, request: pytest.FixtureRequest
+) -> None:
+    """Without a launcher: 128 + signal, no traceback, and no thread takes the process down on its way out."""
+    source = request.getfixturevalue(source)
     (*_, recipe, word), environment = place.command(f"run.name={number.name}")
-    process = place.popen([sys.executable, recipe, word, f"data.source={silent}"], environment)
+    process = place.popen([sys.executable, recipe, word, f"data.source={source}"], environment)
     place.wait_for_step(number.name, 0, process)
+    time.sleep(1)  # into the text
     process.send_signal(number)
     said = process.communicate(timeout=25)[1]
     assert process.returncode == 128 + number
