@@ -15,7 +15,7 @@ from moe.trainer.hooks import Hooks
 __all__ = ["describe", "device_uuid"]
 
 _PACKAGES = (
-    "frugal-moe", "torch", "triton", "accelerate", "deepspeed", "numpy", "safetensors", "tokenizers", "nvidia-ml-py",
+    "frugal-moe", "triton", "accelerate", "deepspeed", "numpy", "safetensors", "tokenizers", "nvidia-ml-py",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def describe(device: torch.device, device_uuids: list[str], hooks: Hooks) -> dic
         "platform": platform.platform(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {**{name: _version(name) for name in _PACKAGES}, "torch": torch.__version__},  # with its build
         "world_size": ranks.world_size(),
     }
 
