@@ -39,13 +39,15 @@ def test_prints_every_part(bench: ModuleType, case: dict, capsys: pytest.Capture
         for part in ("experts", "layer")
         for phase in ("forward", "forward+backward")
     ]
-    pieces = ["router/forward", "router/backward", "sort/forward", "gather/forward", "combine/forward"]
+    pieces = ["router/forward", "router/backward", "sort/forward", "combine/forward"]
     assert {name: unit for name, unit in parts.items() if unit == "TFLOP/s"} == dict.fromkeys(products, "TFLOP/s")
     assert [name for name, unit in parts.items() if unit == "GB/s"] == [f"tiny/skewed/{piece}" for piece in pieces]
     for line in lines:
         assert set(line) == KEYS
         assert line["floor_fraction"] > 0
         assert line["config"]["experts"] == 4
+    routers = {line["peer_name"] for line in lines if "/router/" in line["case"]}
+    assert routers == {"torch softmax, topk"}
     experts = next(line for line in lines if line["case"] == "tiny/balanced/experts/forward")
     assert experts["config"]["flops"] == 6 * 32 * 2 * 16 * 8
     assert experts["ours"] == pytest.approx(
@@ -74,6 +76,30 @@ def test_times_nothing_when_ours_is_wrong(bench: ModuleType, case: dict, monkeyp
     monkeypatch.setattr(bench, "results", lambda contender, dy: next(calls)(contender, dy))
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench.main(["--device", "cpu", "--rounds", "1"], case)
+
+
+@pytest.mark.parametrize("whose", ["moe_kernels torch", "torch grouped_mm"], ids=["ours", "a peer's"])
+def test_a_nan_gradient_is_wrong(
+    bench: ModuleType, case: dict, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """One NaN among right numbers: ours stops the run, a peer is left out of it."""
+    one = bench.Bench("tiny", case["tiny"], "balanced", "cpu", 1)
+    right, spoiled = bench.results, one.contenders[whose]
+
+    def results(contender: object, dy: torch.Tensor) -> list[torch.Tensor]:
+        found = right(contender, dy)
+        if contender is spoiled:
+            found[2].view(-1)[5] = torch.nan  # of the gradient of gate_up
+        return found
+
+    monkeypatch.setattr(bench, "results", results)
+    if whose == one.mine:
+        with pytest.raises(SystemExit, match="is off by nan"):
+            one.check()
+    else:
+        one.check()
+        assert whose not in one.contenders
+        assert f"{whose} is off by nan" in capsys.readouterr().err
 
 
 def test_a_lost_row_is_seen(bench: ModuleType) -> None:

@@ -7,7 +7,7 @@ stops the run when it is wrong, a peer that is wrong or fails is named and left 
 
     experts   routing decision to weighted sum: TFLOP/s, at 6 T K D F operations forward and 12 backward
     layer     the same with the router's product and choice before it
-    router, sort, gather, combine     the pieces that only move bytes: GB/s, at the fewest bytes they can move
+    router, sort, combine     the pieces that only move bytes: GB/s, at the fewest bytes they can move
 
 `floor_fraction` is the share reached of a large bf16 product, or of a large copy, measured in the same rounds. With
 --energy every contender runs for ten seconds or S between two readings of the meter: joules a call.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from kernel_cases import CPU, GPU, ROUTINGS, Case, Inputs
-from kernel_peers import Contender, find_peers, grouped_mm_experts, ours
+from kernel_peers import Contender, find_peers, grouped_mm_experts, ours, softmax_topk
 from measure import Times, hardware, note, paired_ratio, print_line, race
 from torch import Tensor
 
@@ -63,8 +63,9 @@ class Bench:
         for name, contender in list(self.contenders.items()):
             try:
                 found = results(contender, self.inputs.dy)
-                error = max(relative_error(w, f) for w, f in zip(wanted, found, strict=True))
-                fault = None if error <= bound else f"is off by {error:.1e}"
+                errors = [relative_error(w, f) for w, f in zip(wanted, found, strict=True)]
+                wrong = [error for error in errors if not error <= bound]  # so is NaN
+                fault = f"is off by {wrong[0]:.1e}" if wrong else None
             except Exception as failure:
                 if name == self.mine:
                     raise
@@ -92,8 +93,8 @@ class Bench:
             return ours(i.but(index=index, weight=weight, counts=counts), backend).forward()
 
         def composed() -> Tensor:
-            weight, index = (i.x @ i.router.t()).float().softmax(-1).topk(case.top_k, dim=-1)
-            return grouped_mm_experts(i.x, i.gate_up, i.down, index, weight / weight.sum(-1, keepdim=True))
+            index, weight = softmax_topk((i.x @ i.router.t()).float(), case.top_k)
+            return grouped_mm_experts(i.x, i.gate_up, i.down, index, weight)
 
         leaves = [i.x, i.router, i.gate_up, i.down]
         sides = {self.mine: Contender(lambda: routed(self.backend), leaves),
@@ -105,26 +106,26 @@ class Bench:
             self.rates(f"layer/{phase}", work, times * flops, peak)
 
     def pieces(self) -> None:
-        """Ours against the torch backend, where they differ, and the copy."""
+        """Ours against the torch backend, where they differ, the router's plain peer, and the copy."""
         i, case = self.inputs, self.case
-        offers = ["triton", "torch"] if self.device == "cuda" else ["torch"]
-        token = (torch.arange(case.rows, device=self.device) // case.top_k).int()
         work: dict[str, Work] = {piece: {} for piece in case.piece_bytes()}
-        for backend in offers:
-            order = sort_by_expert(i.index, case.experts, backend=backend)
-            token, place = order.token_R, order.place_R
-            rows = i.x.detach().index_select(0, token)
-            route = topk_route(i.logits, top_k=case.top_k, score_func="softmax", backend=backend)
-            g_weight = torch.randn_like(route.topk_weight_TK)
-            work["router/forward"][backend] = lambda b=backend: topk_route(
+
+        def routing(name: str, route: Callable[[], Tensor]) -> None:
+            """Of a function that returns the weights of the chosen."""
+            weight = route()
+            gradient = torch.randn_like(weight)
+            work["router/forward"][name] = route
+            work["router/backward"][name] = lambda: torch.autograd.grad(weight, i.logits, gradient, retain_graph=True)
+
+        for backend in ["triton", "torch"] if self.device == "cuda" else ["torch"]:
+            name, order = f"{backend} backend", sort_by_expert(i.index, case.experts, backend=backend)
+            rows = i.x.detach().index_select(0, order.token_R)
+            routing(name, lambda b=backend: topk_route(
                 i.logits, top_k=case.top_k, score_func="softmax", backend=b
-            )
-            work["router/backward"][backend] = lambda r=route, g=g_weight: torch.autograd.grad(
-                r.topk_weight_TK, i.logits, g, retain_graph=True
-            )
-            work["sort/forward"][backend] = lambda b=backend: sort_by_expert(i.index, case.experts, backend=b)
-            work["combine/forward"][backend] = lambda b=backend, r=rows, p=place: sum_slots(r, p, case.top_k, b)
-        work["gather/forward"]["torch"] = lambda: i.x.detach().index_select(0, token)
+            ).topk_weight_TK)  # fmt: skip
+            work["sort/forward"][name] = lambda b=backend: sort_by_expert(i.index, case.experts, backend=b)
+            work["combine/forward"][name] = lambda b=backend, r=rows, p=order.place_R: sum_slots(r, p, case.top_k, b)
+        routing("torch softmax, topk", lambda: softmax_topk(i.logits, case.top_k)[1])
         with torch.no_grad():
             for piece, runs in work.items():
                 with torch.enable_grad() if piece == "router/backward" else nullcontext():
@@ -168,8 +169,8 @@ class Bench:
         mine = next(iter(work))
         for peer in [name for name in work if name != mine] or [mine]:
             print_line(
-                "kernels", f"{self.name}/{part}", ours=rate[mine], peer=rate[peer], peer_name=f"{peer} backend",
-                unit="GB/s", ratio=paired_ratio(times, mine, peer), floor_fraction=rate[mine] / copy,
+                "kernels", f"{self.name}/{part}", ours=rate[mine], peer=rate[peer], peer_name=peer, unit="GB/s",
+                ratio=paired_ratio(times, mine, peer), floor_fraction=rate[mine] / copy,
                 hardware=hardware(self.device),
                 config=self.config(times, peer, mine) | {"bytes": size, "copy_gb_per_s": round(copy, 1)},
             )  # fmt: skip

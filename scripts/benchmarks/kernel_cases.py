@@ -53,7 +53,6 @@ class Case(NamedTuple):
             "router/forward": 2 * scores + (8 + 4) * slots,  # logits, scores; index int64, weight fp32
             "router/backward": 2 * scores + (8 + 4) * slots,
             "sort/forward": (8 + 4 + 4) * slots,  # index; order, place
-            "gather/forward": 4 * slots + token_rows + size,
             "combine/forward": 4 * slots + size + token_rows,
         }
 

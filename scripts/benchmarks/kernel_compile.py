@@ -91,10 +91,8 @@ def _occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
 
 def declared_partitions(launch: Launch) -> bool:
     """Whether the kernel asks for warp specialisation in this launch, by its own text."""
-    asked = re.search(r"warp_specialize\s*=\s*(\w+)|\b\w+\.warp_specialize\(", launch.kernel.src)
-    if asked is None:
-        return False
-    return asked[1] in (None, "True") or bool(launch.values.get(asked[1]))
+    asked = re.search(r"warp_specialize=(\w+)", launch.kernel.src)
+    return asked is not None and bool(launch.values[asked[1]])
 
 
 def fits(compiled: Compiled, arch: int) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from moe_kernels import backend
@@ -44,9 +43,8 @@ class Launch(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensor parameters by name; of a tensor descriptor the tensor it describes."""
-        found = {name: getattr(value, "base", value) for name, value in self.values.items()}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        """Tensor parameters by name."""
+        return {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
 
     @property
     def bytes_moved(self) -> int:
@@ -106,7 +104,6 @@ def record(work: Callable[[], object], arch: int) -> list[Launch | Glue]:
 
     def keep(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        kwargs.pop("allocator", None)
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         for parameter in kernel.params:
             if parameter.name not in values and parameter.has_default:
@@ -119,19 +116,9 @@ def record(work: Callable[[], object], arch: int) -> list[Launch | Glue]:
         found.append(Launch(kernel, values, options, tuple(grid)))
 
     watch = _Watch(found)
-    with (
-        _device(arch, watch),
-        patch.object(JITFunction, "run", keep),
-        patch.object(Autotuner, "run", _first_configuration),
-        watch,
-    ):
+    with _device(arch, watch), patch.object(JITFunction, "run", keep), watch:
         work()
     return found
-
-
-def _first_configuration(tuner: Autotuner, *args: Any, **kwargs: Any) -> Any:
-    """A kernel that chooses by measuring: its first configuration stands for all."""
-    return tuner.fn.run(*args, **{**tuner.configs[0].all_kwargs(), **kwargs})
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn.functional import grouped_mm, silu
 
 from moe_kernels import expert_mlp
 
-__all__ = ["Contender", "find_peers", "grouped_mm_experts", "ours"]
+__all__ = ["Contender", "find_peers", "grouped_mm_experts", "ours", "softmax_topk"]
 
 PEERS = Path(__file__).resolve().parents[2] / "peers"
 LARGEST_COPY_BYTES = 16 * 2**30  # batched_mm copies a weight for every row
@@ -43,6 +43,12 @@ def ours(inputs: Inputs, backend: str) -> Contender:
     i = inputs
     run = lambda: expert_mlp(i.x, i.gate_up, i.down, i.index, i.weight, tokens_per_expert=i.counts, backend=backend)  # noqa: E731
     return Contender(run, i.leaves)
+
+
+def softmax_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(index, weight) (T, K) of logits (T, E), as one writes a router with torch alone."""
+    weight, index = logits.softmax(-1).topk(top_k, dim=-1)
+    return index, weight / weight.sum(-1, keepdim=True)
 
 
 def grouped_mm_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 from gpu_check_part import ROOT, Part, main
 
 NOTHING_SELECTED = 5  # pytest's exit status for files without a GPU test
+# Of the part's time: one thread compiles every kernel of the checks, while the tests compile in several processes.
+SELF_CHECK_SHARE = 0.75
 SELF_CHECK = "import moe_kernels.selfcheck; from moe_kernels import resolve; print('backend:', resolve(None, 'cuda'))"
 # without a GPU the self-check runs in Triton's interpreter, which must be chosen before triton is imported
 DRY_SELF_CHECK = "from moe_kernels.selfcheck import check_kernels; check_kernels('cpu'); print('backend: interpreter')"
@@ -29,7 +31,7 @@ def self_check(part: Part) -> None:
     log, start = "selfcheck.log", time.monotonic()
     variables = {"TRITON_INTERPRET": "1"} if part.dry else {}
     code = DRY_SELF_CHECK if part.dry else SELF_CHECK
-    status = part.child([sys.executable, "-c", code], log, part.seconds_left * 0.5, **variables)
+    status = part.child([sys.executable, "-c", code], log, part.seconds_left * SELF_CHECK_SHARE, **variables)
     elapsed_s, text = time.monotonic() - start, part.tail(log)
     backend = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("backend: ")), None)
     part.put("self_check", {"exit_status": status, "backend": backend, "seconds": round(elapsed_s, 1), "tail": text})

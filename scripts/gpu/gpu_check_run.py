@@ -43,7 +43,7 @@ class PartPlan:
 PLANS = (
     PartPlan("environment", 45, 10),
     PartPlan("nvml_probe", 150, 45),
-    PartPlan("kernels", 160, 30),
+    PartPlan("kernels", 220, 30),
     PartPlan("bench_kernels", 300, 60),
     PartPlan("metered_runs", 190, 80),
     PartPlan("kernel_energy", 120, 60),
