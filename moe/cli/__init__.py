@@ -9,6 +9,7 @@ from importlib import import_module
 import typer
 from typer.core import TyperGroup
 
+from moe.cli.printable import printable
 from moe.errors import MoEError
 
 __all__ = ["main"]
@@ -58,5 +59,5 @@ def main() -> None:
     try:
         _app()
     except MoEError as error:
-        print(f"moe: {error}", file=sys.stderr)
+        print(printable(f"moe: {error}"), file=sys.stderr)
         raise SystemExit(2) from None

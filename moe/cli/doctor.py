@@ -60,5 +60,7 @@ def _page(diagnosis: "Diagnosis") -> str:
 def _row(sensor: "Sensor") -> tuple[str, ...]:
     device = sensor.device
     tick = f"{sensor.tick_s * 1000:.0f} ms" if sensor.tick_s >= 0.001 else "-"
+    if tick != "-" and not sensor.tick_seen:
+        tick += " declared"
     call = f"{sensor.call_us:.0f} us" if sensor.call_us else "-"
     return (device.uuid, device.name, device.source, device.scope, f"{device.band:.0%}", tick, call)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,7 +124,10 @@ def print_footprint(console: "Console", footprint: "Footprint") -> None:
     """The numbers by scope, and the factors they were made with."""
     from rich.table import Table
 
-    for scope, listed in groupby(footprint.numbers.items(), lambda item: _scope(item[1])):
+    scopes: dict[str, list[tuple[str, Quantity]]] = {}
+    for name, number in footprint.numbers.items():
+        scopes.setdefault(_scope(number), []).append((name, number))
+    for scope, listed in scopes.items():
         listing = Table.grid(padding=(0, 2))
         for name, number in listed:
             listing.add_row(*row(f"  {_words(name)}", *_cells(number)))

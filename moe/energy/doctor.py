@@ -23,6 +23,7 @@ __all__ = ["Diagnosis", "Missing", "Sensor", "examine"]
 
 WATCH_S = 0.25
 POLL_S = 0.002
+HOST_COUNTERS = ("rapl", "node:pm_counters")  # a machine that is on always moves them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def _gpus(missing: list[Missing]) -> list[Source] | None:
         gpus = visible_gpus()
         sources = gpu_sources(gpus)
     except MoEError as error:
-        why, _, mend = str(error).partition(": ")
+        why, _, mend = str(error).rpartition(": ")
         missing.append(Missing(what="GPUs", why=why, mend=mend))
         return None
     if not gpus:
@@ -118,7 +119,7 @@ def _no_gpu() -> Missing:
     try:
         nvml().nvmlShutdown()
     except SensorError as error:
-        why, _, mend = str(error).partition(": ")
+        why, _, mend = str(error).rpartition(": ")
         return Missing(what="GPUs", why=why, mend=f"where there are some: {mend}")
     why = "CUDA_VISIBLE_DEVICES and cgroups leave none of the GPUs there are"
     return Missing(what="GPUs", why=why, mend="name some, or ask the scheduler for some")
@@ -187,6 +188,8 @@ def _watch(sources: Sequence[Source], by_default: bool) -> list[Sensor]:
             failure = source.failures.get(device.uuid) if values.get(device.uuid, 0) is None else None
             if device.source == "counter" and not moved and failure is None and powers_w.get(device.uuid, 0.0) > 0:
                 failure = f"the counter stands still while the GPU draws {powers_w[device.uuid]:.0f} W"
+            if device.source in HOST_COUNTERS and not moved and failure is None and device.tick_s < WATCH_S / 2:
+                failure = f"the counter stands still: no change in {WATCH_S:g} s"
             sensors.append(
                 Sensor(
                     device=device,

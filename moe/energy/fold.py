@@ -12,7 +12,6 @@ What the numbers mean
     band           sensor gain x energy, plus two ticks of full power per device and segment
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -350,17 +349,17 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
 
 
 def _sensor_notes(files: list[FileFold], devices: list[DeviceTotal]) -> list[str]:
-    """A sentence for each kind of failure a device's sensor had, however often; and where two sensors disagree."""
-    gaps = Counter(
-        (uuid, reason, detail)
-        for file in files
-        for segment in file.segments
-        for uuid, line in segment.lines.items()
-        for reason, detail in line.gaps
-    )
+    """A sentence for each kind of failure of a device's sensor, with the last reason; and two that disagree."""
+    gaps: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        for segment in file.segments:
+            for uuid, line in segment.lines.items():
+                for reason, detail in line.gaps:
+                    gaps.setdefault((uuid, reason), []).append(detail)
     notes = []
-    for (uuid, reason, detail), count in gaps.items():
-        times = "once" if count == 1 else f"{count} times"
+    for (uuid, reason), details in gaps.items():
+        detail = details[-1]
+        times = "once" if len(details) == 1 else f"{len(details)} times"
         if reason == "lost":
             notes.append(f"{uuid}: reads failed {times}: {detail}")
         else:

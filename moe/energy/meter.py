@@ -20,6 +20,7 @@ from moe.energy.phases import PhaseClock
 from moe.energy.reader import Reader, Reading
 from moe.energy.sources import Source, is_measured, node_counter, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
+from moe.energy.sources.integral import READ_EVERY_S
 from moe.energy.totals import LedgerPosition, Totals
 from moe.energy.window import Window
 from moe.errors import ConfigError, LedgerError, SensorError
@@ -56,9 +57,10 @@ class EnergyMeter:
     sources           sensors of one's own, instead of `devices`
     node              a counter of the whole node, kept beside GPUs and never added to them; by default the one there is
 
-    `start` raises SensorError when a named GPU cannot be read and LedgerError when the ledger is damaged or has a
-    living writer. After that no method raises for a sensor or a disk: failures become gaps in the ledger and one line
-    on stderr. A second meter on the same device only warns, and the segment line records it.
+    `start` raises SensorError when a named GPU cannot be read, ConfigError when power is to be integrated over
+    intervals above a second, and LedgerError when the ledger is damaged or has a living writer. After that no method
+    raises for a sensor or a disk: failures become gaps in the ledger and one line on stderr. A second meter on the same
+    device only warns, and the segment line records it.
 
     Under `moe energy run` (MOE_LEDGER set) the outer ledger already bills this process. This meter then still reads and
     writes its own ledger, which `moe compare` needs; its segment line says `metered_by`, and `moe energy total` counts
@@ -123,6 +125,7 @@ class EnergyMeter:
                 raise LedgerError(f"folder of ledger {self.path} cannot be made ({error.strerror})") from None
             self._locks.append(lock_ledger(self.path))
         self._sources = select_sources(*self._wanted) if self._given_sources is None else self._given_sources
+        self._refuse_rare_reads()
         self._prior = prior = FileFold(self.path)
         self._writer = LedgerWriter(self.path, on_record=self._see)
         if self._node is None and any(device.kind == "gpu" for source in self._sources for device in source.devices):
@@ -139,6 +142,15 @@ class EnergyMeter:
         self._prior = None
         self._add_up_prior(prior)
         self._sync()
+
+    def _refuse_rare_reads(self) -> None:
+        """A power that is read too rarely says nothing of the time between; a counter can wait."""
+        integrated = [d.uuid for source in self._sources for d in source.devices if d.source == "integrated"]
+        if integrated and self._interval_s > READ_EVERY_S:
+            raise ConfigError(
+                f"energy.interval_s={self._interval_s:g} is too long for {integrated[0]}, which tells power and no "
+                f"energy: give at most {READ_EVERY_S:g}"
+            )
 
     def _device_time_start_ns(self, prior: FileFold) -> int:
         """When this segment's device time began: never before the end of the segment before, which billed it."""

@@ -25,9 +25,18 @@ class AmdSmiException(Exception): ...
 class AmdSmiLibraryException(AmdSmiException): ...
 def amdsmi_init(): ...
 def amdsmi_shut_down(): ...
-def amdsmi_get_processor_handles(): return [0, 1]
-def amdsmi_get_gpu_device_uuid(handle): return f"{handle}aff74a1-0000-1000-80e8-000000000000"
-def amdsmi_get_gpu_asic_info(handle): return {"market_name": "AMD Instinct MI300X"}
+def amdsmi_get_processor_handles():
+    if "AMDSMI_UNLISTED" in os.environ:
+        raise AmdSmiLibraryException("AMDSMI_STATUS_DRM_ERROR")
+    return [0, 1]
+def amdsmi_get_gpu_device_uuid(handle):
+    if os.environ.get("AMDSMI_NO_UUID") == str(handle):
+        raise AmdSmiLibraryException("AMDSMI_STATUS_FILE_ERROR")
+    return f"{handle}aff74a1-0000-1000-80e8-000000000000"
+def amdsmi_get_gpu_asic_info(handle):
+    if "AMDSMI_NAMELESS" in os.environ:
+        raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
+    return {"market_name": "AMD Instinct MI300X"}
 def amdsmi_get_energy_count(handle):
     if "AMDSMI_GUEST" in os.environ:
         raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")

@@ -191,7 +191,7 @@ int nvmlDeviceGetTotalEnergyConsumption(void *handle, u64 *out) {
     usleep(g.sleep_us);
     if (!strcmp(g.mode, "unsupported") || !strcmp(g.mode, "blind")) return NOT_SUPPORTED;
     if (failure(&g)) return failure(&g);
-    return *out = energy_mj(&g, strcmp(g.mode, "stuck") ? now_ns() : g.origin_ns, g.tick_ns), OK;
+    return *out = energy_mj(&g, strcmp(g.mode, "stuck") && strcmp(g.mode, "mute") ? now_ns() : g.origin_ns, g.tick_ns), OK;
 }
 #endif
 
@@ -201,6 +201,7 @@ static int power_mw(void *handle, int average, unsigned *out) {
     if (find(handle, &g)) return LOST;
     usleep(g.sleep_us);
     if (!strcmp(g.mode, "blind")) return NOT_SUPPORTED;
+    if (!strcmp(g.mode, "mute")) return LOST;
     if (failure(&g)) return failure(&g);
     u64 now = now_ns(), t = (now - g.origin_ns) % g.period_ns;
     u64 mw = t < g.period_ns / 2 ? g.power1_mw : g.power2_mw;

@@ -63,3 +63,19 @@ def test_nothing_of_amd_is_imported_where_it_is_not_asked_for(node, gpu):
 def test_an_amd_gpu_without_amdsmi_is_one_sentence(node):
     process = node.start(f"from moe.energy import select_sources; select_sources([{FIRST!r}])")
     assert "SensorError: amdsmi cannot be imported: install it from /opt/rocm/share/amd_smi" in process.communicate()[1]
+
+
+def test_what_the_library_does_not_tell_is_one_sentence_or_left_out(amd):
+    """No list of GPUs is a SensorError; a GPU without a uuid is not visible; one without a name has a plain one."""
+    process = amd.start(f"from moe.energy import select_sources; select_sources([{FIRST!r}])", AMDSMI_UNLISTED="1")
+    assert (
+        process.communicate()[1]
+        .splitlines()[-1]
+        .endswith(
+            "SensorError: amdsmi cannot list its GPUs (AMDSMI_STATUS_DRM_ERROR): check the driver, or declare the power"
+        )
+    )
+    code = "from moe.energy import visible_gpus; print([gpu.uuid for gpu in visible_gpus()])"
+    assert amd.run(code, AMDSMI_NO_UUID="0") == f"{[SECOND]}\n"
+    code = f"from moe.energy import select_sources; print(select_sources([{FIRST!r}])[0].devices[0].name)"
+    assert amd.run(code, AMDSMI_NAMELESS="1") == "AMD GPU\n"

@@ -101,15 +101,15 @@ def test_a_second_across_a_reset_is_no_pair(tmp_path):
 
 
 def test_a_lost_sensor_and_a_reset_are_sentences_of_the_report(tmp_path):
-    """What stopped the counting stands in the notes, each kind once with how often."""
+    """What stopped the counting stands in the notes, each kind once with how often and what it said last."""
     writer = LedgerWriter(tmp_path / "ledger.jsonl")
     device = {"uuid": "G", "name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
     header = {"boot_id": "b", "host": socket.gethostname(), "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0}
     header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
     writer.append("segment", at_ns=0, devices=[{**device, "tick_s": 0.1, "p_max_w": 700.0, "note": None}], **header)
     writer.append("reading", at_ns=10**9, device="G", energy_mj=900)
-    for second in (2, 4):
-        writer.append("gap", at_ns=second * 10**9, device="G", reason="lost", detail="GPU is lost")
+    for second, detail in ((2, "no power read for 6.1 s"), (4, "GPU is lost")):
+        writer.append("gap", at_ns=second * 10**9, device="G", reason="lost", detail=detail)
         writer.append("reading", at_ns=(second + 1) * 10**9, device="G", energy_mj=1000 * second)
     writer.append("gap", at_ns=6 * 10**9, device="G", reason="reset", detail="the counter fell: driver reloaded")
     writer.append("end", at_ns=7 * 10**9, reason="stopped")

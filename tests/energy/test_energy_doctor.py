@@ -6,6 +6,9 @@ import re
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,26 @@ def rapl(sys_root: Path, mode: int = 0o444) -> None:
         (zone / "energy_uj").chmod(mode)
 
 
+@contextmanager
+def working(counter: Path) -> Iterator[None]:
+    """A processor that draws power while something looks: its counter goes up 100 times a second."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.01):
+            aside = counter.with_suffix(".new")
+            aside.write_text(f"{int(counter.read_text()) + 1_000_000}\n")
+            aside.replace(counter)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 @pytest.fixture
 def doctor(node, sys_root):
     """Run the command on the node, behind a line `user` of Python; returns what it printed."""
@@ -57,7 +80,7 @@ def doctor(node, sys_root):
 
 def masked(page: str) -> str:
     page = page.replace(HOST, "HOST").replace(f"CPU-{HOST}", "CPU-HOST")
-    page = re.sub(r"(?m)^(GPU-.*) \d+ ms", r"\1 TICK", page)
+    page = re.sub(r"(?m)^(GPU-.*) \d+ ms( declared)?", r"\1 TICK", page)
     page = re.sub(r"\d+ us", "CALL", page)
     return "\n".join(re.sub(" {2,}", "  ", line) for line in page.splitlines())
 
@@ -104,14 +127,16 @@ def doctor_root(node) -> Path:
 
 
 def test_a_host_with_rapl_alone(node, doctor, sys_root):
-    """Metered by its processors; no GPU is nothing to mend."""
+    """Metered by its processors; no GPU is nothing to mend. Its tick is the declared one."""
     rapl(sys_root)
     node.env["LD_LIBRARY_PATH"] = "/nonexistent"
-    assert masked(doctor()).splitlines() == [
+    with working(sys_root / "class" / "powercap" / "intel-rapl:0" / "energy_uj"):
+        page = doctor()
+    assert masked(page).splitlines() == [
         "HOST: a run here is metered by rapl, scope node",
         "",
         "device  name  source  scope  band  tick  read",
-        "CPU-HOST  package-0 + package-0/dram  rapl  node  5%  1 ms  CALL",
+        "CPU-HOST  package-0 + package-0/dram  rapl  node  5%  1 ms declared  CALL",
         "",
         "CPU-HOST: processor packages and, where counted, memory; not the rest of the node",
         "",
@@ -119,6 +144,15 @@ def test_a_host_with_rapl_alone(node, doctor, sys_root):
         NO_GPU,
         NODE_MEND,
     ]
+
+
+def test_a_host_counter_that_stands_still_is_not_called_measured(node, doctor, sys_root):
+    """Some machines show RAPL and never count: said in words."""
+    rapl(sys_root)
+    node.env["LD_LIBRARY_PATH"] = "/nonexistent"
+    page = doctor()
+    assert page.startswith(f"{HOST}: a run here is not measured: rapl, scope node\n")
+    assert f"CPU-{HOST}: the counter stands still: no change in 0.25 s\n" in page
 
 
 def test_a_bare_host(node, doctor):

@@ -71,6 +71,20 @@ def test_a_counter_without_a_number_is_a_failed_read(sys_root, content):
     assert node_counter(sys_root) is None
 
 
+def test_a_node_counter_that_stands_still_is_a_failed_read(sys_root, monkeypatch):
+    """A node that is on draws power: after two seconds the same number is no 0 J."""
+    now_ns = 10**9
+    monkeypatch.setattr("moe.energy.sources.standstill.boottime_ns", lambda: now_ns)
+    folder = cray(sys_root)
+    source = PmCounters(folder)
+    uuid = source.devices[0].uuid
+    assert source.read() == {uuid: 81_147_367_000}
+    now_ns += 2_100_000_000
+    assert source.read() == {uuid: None}
+    (folder / "energy").write_text("81147368 J\n")
+    assert source.read() == {uuid: 81_147_368_000}
+
+
 def test_grace_sockets_are_integrated_and_nothing_twice(sys_root, grace):
     """2 x 200 W; the CPU and SysIO rails are inside, the module would be the GPU as well."""
     source = GraceSource(sys_root / "class" / "hwmon")

@@ -159,6 +159,7 @@ def test_redfish_energy_alone_is_a_counter(tmp_path, run):
     assert reconcile(run, read_node_file(write(tmp_path, json.dumps(objects)))).node_j == pytest.approx(100_000)
 
 
+REDFISH = '{"utc": "2026-01-31T12:00:00Z", %s}'
 SACCT = "JobID|Start|End|ConsumedEnergyRaw\n"
 
 
@@ -187,6 +188,11 @@ def test_slurms_number_is_the_job_not_the_sum_of_its_steps(tmp_path, run):
         pytest.param("utc,watts\n2026-01-31T12:00:00Z,12\n", "fewer than two readings", id="one reading"),
         pytest.param('{"PowerControl": []}', "reading 1 has no utc", id="no utc"),
         pytest.param('{"utc": "2026-01-31T12:00:00Z"}', "tells neither PowerConsumedWatts nor", id="no power"),
+        pytest.param(REDFISH % '"PowerControl": {"a": 1}', "PowerControl is no list of objects", id="control object"),
+        pytest.param(REDFISH % '"PowerControl": [7]', "PowerControl is no list of objects", id="control number"),
+        pytest.param(REDFISH % '"PowerWatts": 7, "host": [1]', "host [1] is no name: give a string", id="host list"),
+        pytest.param("utc,watts\n" + "x" * 140_000, "is no CSV (field larger than field limit", id="long field"),
+        pytest.param(SACCT + "x" * 140_000, "is no CSV (field larger than field limit", id="long sacct field"),
         pytest.param('{"utc": ', "is no JSON", id="json"),
         pytest.param("[1]", "holds 1: give one JSON object a reading", id="json list"),
         pytest.param("5 J 1769860800000000 us\n6 Joules\n", "line 2: '6 Joules' is no energy", id="pm_counters"),

@@ -1,6 +1,7 @@
 """GPUs through unmodified nvidia-ml-py over the fake library: which ones, what they say, and what breaks."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -232,6 +233,40 @@ def test_a_counter_that_stands_still_without_power_is_believed(node, gpu):
         """
     )
     assert out == "5000000 {}\n"
+
+
+def test_a_power_read_that_fails_does_not_discard_the_counter(node, gpu):
+    """Power is asked for only to doubt a counter that stands still: no answer, no doubt."""
+    code = f"""
+        import time
+        from moe.energy import select_sources
+        source, = select_sources([{gpu.uuid!r}])
+        print("open", flush=True)
+        input()
+        before = source.read(); time.sleep(2.1)
+        print(source.read() == before, source.failures)
+    """
+    with node.start(code, stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "open\n"
+        node.set(gpu, mode="mute")
+        assert process.communicate("\n")[0] == "True {}\n"
+
+
+def test_power_that_would_be_read_rarely_is_refused(node, gpu):
+    """An integrated sensor at ten seconds a read measures next to nothing: one sentence names the setting."""
+    node.set(gpu, mode="unsupported")
+    out = node.run(f"""
+        from moe.energy import EnergyMeter
+        from moe.errors import ConfigError
+        EnergyMeter(None, [{gpu.uuid!r}], interval_s=1.0).start().stop()
+        try:
+            EnergyMeter(None, [{gpu.uuid!r}], interval_s=10, flush_s=10).start()
+        except ConfigError as error:
+            print(error)
+    """)
+    assert out == (
+        f"energy.interval_s=10 is too long for {gpu.uuid}, which tells power and no energy: give at most 1\n"
+    )
 
 
 def test_a_driver_updated_under_the_running_system_is_one_sentence(node, gpu):

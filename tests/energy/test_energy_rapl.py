@@ -123,6 +123,19 @@ def test_an_interval_that_may_hold_two_wraps_is_a_failed_read(root):
     assert read_mj(source) == 500
 
 
+def test_a_host_that_counts_nothing_for_two_seconds_is_a_failed_read(root, tree, monkeypatch):
+    """Processors always draw power: a sum that stands still is no 0 J, and one domain that moves is enough."""
+    now_ns = 10**9
+    monkeypatch.setattr("moe.energy.sources.standstill.boottime_ns", lambda: now_ns)
+    source = RaplSource(root)
+    assert read_mj(source) == 0
+    now_ns += 2_100_000_000
+    assert read_mj(source) is None
+    assert source.failures[source.devices[0].uuid] == "the energy counter has not moved for 2.1 s"
+    advance(tree["dram-0"], 4_000_000)
+    assert read_mj(source) == 4000
+
+
 def test_the_mmio_interface_counts_where_it_is_the_only_one(root):
     """Some machines show the package there alone; its memory is found beside it."""
     package = domain(root, "intel-rapl-mmio:0", "package-0", 0)

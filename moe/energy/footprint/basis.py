@@ -14,6 +14,7 @@ class Basis:
 
     gpu_hours  device-hours by the name the driver gives, accelerators only
     tokens     those of the final lineage; None where there is no such thing
+    first_step the step at which the counted energy begins: above 0, tokens hold more than it was used for
     """
 
     energy_mj: int | None
@@ -26,6 +27,7 @@ class Basis:
     gpu_hours: dict[str, float]
     tokens: int | None
     profile: EnergyProfile
+    first_step: int = 0
 
     @classmethod
     def of_run(cls, fold: Fold) -> "Basis":
@@ -47,4 +49,5 @@ class Basis:
             gpu_hours=gpu_hours,
             tokens=fold.tokens,
             profile=EnergyProfile.of_run(fold),
+            first_step=next((file.segments[0].header["resumed_step"] for file in fold.files if file.segments), 0),
         )

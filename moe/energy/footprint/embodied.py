@@ -58,7 +58,7 @@ def hardware_numbers(
         numbers[name] = Quantity(
             amount=amount,
             unit=unit,
-            source="; ".join(row.source for row in {*rows.values()}),
+            source="; ".join(row.source for row in dict.fromkeys(rows.values())),
             scope="reserved devices" if kind == "embodied_accelerator" else "reserved devices and their servers",
             method=f"{kind.replace('_', ' ')} x device-hours / (lifetime x utilisation)",
         )

@@ -75,14 +75,17 @@ def _text(path: Path) -> str:
 
 def _csv(path: Path, text: str, column: str, unit: str) -> Series:
     lines = csv.DictReader(text.splitlines())
-    header = [name.strip() for name in lines.fieldnames or ()]
-    lines.fieldnames = header
+    try:
+        header = [name.strip() for name in lines.fieldnames or ()]
+        lines.fieldnames = header
+        rows = list(lines)
+    except csv.Error as error:
+        raise ConfigError(f"series {path} is no CSV ({error}): its first line must be utc,{column}") from None
     if header[:1] != ["utc"] or column not in header:
         for name in header:
             if worth := _OTHER_UNITS[column].get(name.casefold()):
                 raise ConfigError(f"series {path} is in {name}: multiply by {worth:.9g} and name the column {column}")
         raise ConfigError(f"series {path} begins with {','.join(header)!r}: its first line must be utc,{column}")
-    rows = list(lines)
     try:
         values = [(_utc_ns(row["utc"]), float(row[column])) for row in rows if row[column].strip()]
     except (ValueError, TypeError, AttributeError, OverflowError) as error:

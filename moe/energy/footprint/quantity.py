@@ -8,7 +8,8 @@ __all__ = ["Interval", "Quantity"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of at least 0 between `low` and `high`. `value` is None where only the range is known.
+    """A number between `low` and `high`. `value` is None where only the range is known.
+    Only prices may be below 0.
 
     >>> Interval(2.0, 1.0, 3.0) * Interval(10.0, 10.0, 20.0)
     Interval(value=20.0, low=10.0, high=60.0)
@@ -25,10 +26,11 @@ class Interval:
 
     def __mul__(self, other: "Interval") -> "Interval":
         value = None if self.value is None or other.value is None else self.value * other.value
-        return Interval(value, self.low * other.low, self.high * other.high)
+        ends = [mine * its for mine in (self.low, self.high) for its in (other.low, other.high)]
+        return Interval(value, min(ends), max(ends))
 
     def __truediv__(self, other: "Interval") -> "Interval":
-        """By an interval that does not touch 0."""
+        """One of at least 0 by one above 0."""
         value = None if self.value is None or other.value is None else self.value / other.value
         return Interval(value, self.low / other.high, self.high / other.low)
 

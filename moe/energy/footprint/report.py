@@ -139,11 +139,18 @@ def _hardware(result: Footprint, basis: Basis, years: Factor, utilisation: Facto
     result.numbers |= made
     result.factors |= {"lifetime": years, "utilisation": utilisation, **factors}
     if "embodied_server" not in made:
-        devices = ", ".join(hours) or "hosts without a GPU"
-        result.notes.append(f"no table has the embodied carbon of servers of {devices}: it and the SCI are left out")
+        if hours:
+            unknown = f"no table has the embodied carbon of servers of {', '.join(hours)}"
+        else:
+            unknown = "hosts without a GPU are in no table of embodied carbon"
+        result.notes.append(f"{unknown}: it and the SCI are left out")
     elif "carbon_location" in result.numbers:
         location = result.numbers["carbon_location"]
-        result.numbers |= sci_of(location, made["embodied_server"], basis.tokens)
+        tokens = basis.tokens
+        if tokens and basis.first_step:
+            tokens = None
+            result.notes.append(f"the ledger begins at step {basis.first_step}: the SCI per token is left out")
+        result.numbers |= sci_of(location, made["embodied_server"], tokens)
 
 
 def _energy_of(basis: Basis) -> Quantity:

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from typing import NamedTuple
 
 from moe.energy.footprint.factors import Factor
@@ -58,8 +59,9 @@ class Series:
         if not ordered:
             raise ConfigError(f"series {name} holds no value: give one that covers the time of the run")
         for point, after in zip(ordered, [*ordered[1:], None], strict=True):
-            if not 0 <= point.value < float("inf"):
-                raise ConfigError(f"series {name} has {point.value:g} at {_utc(point.start_ns)}: a value is at least 0")
+            if not isfinite(point.value) or (point.value < 0 and kind != "price"):  # markets do pay for taking power
+                wanted = "a price is a number" if kind == "price" else "a value is at least 0"
+                raise ConfigError(f"series {name} has {point.value:g} at {_utc(point.start_ns)}: {wanted}")
             if after is not None and after.start_ns < point.end_ns:
                 raise ConfigError(f"series {name} has two values for {_utc(after.start_ns)}: keep one")
         return cls(name=name, points=tuple(ordered), unit=unit, kind=kind, source=source, notes=notes)

@@ -8,6 +8,7 @@ No scarcity factor is applied: none ships.
 
 from moe.energy.footprint.factors import Factor, factor_of, number, stated, table
 from moe.energy.footprint.quantity import Quantity
+from moe.errors import ConfigError
 
 __all__ = ["FLOWS", "grid_water_of", "site_water_of", "water_of"]
 
@@ -25,6 +26,8 @@ def site_water_of(words: tuple[str, ...]) -> dict[str, Factor]:
             factor = factor_of("--wue", "wue", word, hint=hint)
         else:
             factor = stated("--wue", value, "L/kWh IT", flow or "consumed")
+        if factor.kind in factors:
+            raise ConfigError(f"--wue {word} is a second number of water {factor.kind} at the site: give one of them")
         factors[factor.kind] = factor
     return factors
 
@@ -54,7 +57,7 @@ def water_of(it: Quantity, facility: Quantity, site: dict[str, Factor], grid: di
             numbers[f"water_{flow}"] = Quantity(
                 amount=parts["site"].amount + parts["grid"].amount,
                 unit="L",
-                source=f"{parts['site'].source}; {grid[flow].source}",
+                source=f"{facility.source}; {site[flow].source}; {grid[flow].source}",
                 scope=facility.scope,
                 method=f"{parts['site'].method} + {parts['grid'].method}",
                 energy=it.energy,

@@ -36,21 +36,27 @@ def read_node_file(path: Path) -> list[NodeSeries]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text ({error}): check the path") from None
-    lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith(("{", "[")):
-        found = _redfish(path, text)
-    elif "ConsumedEnergyRaw" in first:
-        found = _sacct(path, lines)
-    elif "Instantaneous power reading" in text:
-        found = _ipmi(path, lines)
-    elif re.match(r"\d+ J\b", first):
-        found = _pm_counters(path, lines)
-    else:
-        found = _csv(path, lines)
+    try:
+        found = _told(path, text)
+    except csv.Error as error:
+        raise ConfigError(f"{path} is no CSV ({error}): correct it") from None
     if not any(one.pieces for one in found):
         raise ConfigError(f"{path} holds fewer than two readings: nothing can be said about the time between")
     return found
+
+
+def _told(path: Path, text: str) -> list[NodeSeries]:
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith(("{", "[")):
+        return _redfish(path, text)
+    if "ConsumedEnergyRaw" in first:
+        return _sacct(path, lines)
+    if "Instantaneous power reading" in text:
+        return _ipmi(path, lines)
+    if re.match(r"\d+ J\b", first):
+        return _pm_counters(path, lines)
+    return _csv(path, lines)
 
 
 def _time_ns(text: str, where: str) -> int:
@@ -140,7 +146,11 @@ def _redfish(path: Path, text: str) -> list[NodeSeries]:
         if "utc" not in reading:
             raise ConfigError(f"{where} has no utc: add the time at which it was asked for to the JSON object")
         at_ns, host = _time_ns(str(reading["utc"]), where), reading.get("host")
+        if not isinstance(host, str | None):
+            raise ConfigError(f"{where}: host {host!r} is no name: give a string")
         control = reading.get("PowerControl") or [{"PowerConsumedWatts": _reading(reading, "PowerWatts")}]
+        if not isinstance(control, list) or not isinstance(control[0], dict):
+            raise ConfigError(f"{where}: PowerControl is no list of objects: save the service's answer unchanged")
         power_w = control[0].get("PowerConsumedWatts")
         energy_kwh = _reading(reading, "EnergykWh")
         if power_w is not None:

@@ -49,9 +49,9 @@ def visible_amd_gpus(environ: Mapping[str, str] | None = None, selection: str | 
     except SensorError:
         return []
     try:
-        uuids = [_uuid(lib, handle) for handle in lib.amdsmi_get_processor_handles()]
+        uuids = list(_handles(lib))
     finally:
-        lib.amdsmi_shut_down()
+        _shut_down(lib)
     lists = (
         [selection] if selection is not None else [environ.get(f"{name}_VISIBLE_DEVICES") for name in ("ROCR", "HIP")]
     )
@@ -94,11 +94,14 @@ class AmdSource:
         self.failures: dict[str, str] = {}
         self.blind: list[str] = []
         self._gpus: list[_Gpu] = []
-        handles = {_uuid(lib, handle): handle for handle in lib.amdsmi_get_processor_handles()}
-        missing = [uuid for uuid in uuids if uuid not in handles]
-        if missing:
+        try:
+            handles = _handles(lib)
+            missing = [uuid for uuid in uuids if uuid not in handles]
+            if missing:
+                raise SensorError(f"GPU {missing[0]} is not on this machine: name one that `amd-smi list` shows")
+        except SensorError:
             self.close()
-            raise SensorError(f"GPU {missing[0]} is not on this machine: name one that `amd-smi list` shows")
+            raise
         before = {uuid: self._energy_mj(handles[uuid]) for uuid in uuids}
         time.sleep(PROBE_S)
         for uuid in uuids:
@@ -114,7 +117,7 @@ class AmdSource:
             return
         device = Device(
             uuid=uuid,
-            name=str(self._lib.amdsmi_get_gpu_asic_info(handle)["market_name"]),
+            name=self._name(handle),
             kind="gpu",
             source="counter" if counter else "integrated",
             scope="gpu",
@@ -143,6 +146,12 @@ class AmdSource:
             energies[gpu.device.uuid] = energy_mj
         return energies
 
+    def _name(self, handle: Any) -> str:
+        try:
+            return str(self._lib.amdsmi_get_gpu_asic_info(handle)["market_name"])
+        except self._lib.AmdSmiException:
+            return "AMD GPU"
+
     def _energy_mj(self, handle: Any) -> int | None:
         try:
             count = self._lib.amdsmi_get_energy_count(handle)
@@ -163,11 +172,26 @@ class AmdSource:
 
     def close(self) -> None:
         """Give the library back. A driver that is gone is no error here."""
+        _shut_down(self._lib)
+
+
+def _handles(lib: Any) -> dict[str, Any]:
+    """The GPUs by `AMD-<uuid>`, those left out that do not tell theirs. Raises SensorError when none can be listed."""
+    try:
+        listed = lib.amdsmi_get_processor_handles()
+    except lib.AmdSmiException as error:
+        raise SensorError(f"amdsmi cannot list its GPUs ({error}): check the driver, or declare the power") from None
+    handles = {}
+    for handle in listed:
         try:
-            self._lib.amdsmi_shut_down()
-        except self._lib.AmdSmiException:
-            return
+            handles[f"AMD-{lib.amdsmi_get_gpu_device_uuid(handle)}"] = handle
+        except lib.AmdSmiException:
+            continue
+    return handles
 
 
-def _uuid(lib: Any, handle: Any) -> str:
-    return f"AMD-{lib.amdsmi_get_gpu_device_uuid(handle)}"
+def _shut_down(lib: Any) -> None:
+    try:
+        lib.amdsmi_shut_down()
+    except lib.AmdSmiException:
+        return

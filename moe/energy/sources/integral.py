@@ -2,8 +2,9 @@
 
 from moe.energy.clock import boottime_ns
 
-__all__ = ["MAX_STEP_S", "PowerIntegral"]
+__all__ = ["MAX_STEP_S", "READ_EVERY_S", "PowerIntegral"]
 
+READ_EVERY_S = 1.0  # the longest interval at which a meter may read power, for it to say what was used between
 MAX_STEP_S = 5.0  # two power reads further apart than this say nothing about the time between
 
 

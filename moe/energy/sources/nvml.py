@@ -10,37 +10,35 @@ program runs: calls are serialised there, and process lists in particular take m
 from collections.abc import Sequence
 from typing import Any
 
-from moe.energy.clock import boottime_ns
 from moe.energy.sources.base import Device, Scope
 from moe.energy.sources.integral import PowerIntegral
 from moe.energy.sources.nvml_conditions import gpu_conditions
 from moe.energy.sources.nvml_library import mend_of, nvml
 from moe.energy.sources.nvml_power import PowerSensor, find_power_sensor
+from moe.energy.sources.standstill import STUCK_S, Standstill
 from moe.errors import SensorError
 
-__all__ = ["STUCK_S", "NvmlSource"]
+__all__ = ["NvmlSource"]
 
 COUNTER_BAND = 0.05  # proportional gain error seen against external meters is about 5 % (arXiv:2312.02741)
 INTEGRATED_BAND = 0.10
 GLIMPSED_BAND = 0.20  # instantaneous power: most of the time between two reads is not seen
 COUNTER_TICK_S = 0.1
 INTEGRATED_TICK_S = 1.0  # power is a one-second average on current chips
-STUCK_S = 2.0  # twenty ticks
 
 SHARED_NOTE = "whole GPU, shared: no energy is told per MIG slice"
 MODULE_NOTE = "whole Grace Hopper module: processor and memory are inside, nothing is added for the host"
 
 
 class _Gpu:
-    """One GPU: its handle, its power sensor, and what its counter said last."""
+    """One GPU: its handle, its power sensor, and how long its counter has stood still."""
 
     def __init__(self, handle: Any, device: Device, power: PowerSensor | None) -> None:
         self.handle = handle
         self.device = device
         self.power = power
         self.integral = PowerIntegral()
-        self.last_mj = -1
-        self.moved_ns = 0
+        self.standstill = Standstill()
 
 
 class NvmlSource:
@@ -151,11 +149,11 @@ class NvmlSource:
 
     def _count(self, gpu: _Gpu) -> int:
         energy_mj = int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle))
-        now = boottime_ns()
-        if energy_mj != gpu.last_mj:
-            gpu.last_mj, gpu.moved_ns = energy_mj, now
-        elif now - gpu.moved_ns > STUCK_S * 1e9 and gpu.power is not None:
-            power_w = gpu.power.read_mw() / 1000
+        if gpu.standstill.seconds(energy_mj) > STUCK_S and gpu.power is not None:
+            try:
+                power_w = gpu.power.read_mw() / 1000
+            except self._nvml.NVMLError:
+                return energy_mj  # nothing speaks against the counter
             if power_w > 0:
                 raise ValueError(f"the energy counter is stuck at {energy_mj} mJ while the GPU draws {power_w:.0f} W")
         return energy_mj

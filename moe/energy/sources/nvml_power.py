@@ -13,11 +13,11 @@ A30) is known by having no average.
 from typing import Any
 
 from moe.energy.sources.base import Scope
+from moe.energy.sources.integral import READ_EVERY_S
 
 __all__ = ["PowerSensor", "find_power_sensor"]
 
 AVERAGE_WINDOW_S = 1.0
-READ_EVERY_S = 1.0  # the meter's default interval, for the share of time that reads of an instantaneous sensor see
 
 
 class PowerSensor:

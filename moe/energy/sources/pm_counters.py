@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe.energy.sources.base import Device
 from moe.energy.sources.estimate import host_uuid
+from moe.energy.sources.standstill import Standstill
 from moe.errors import SensorError
 
 __all__ = ["PM_COUNTERS_ROOT", "PmCounters"]
@@ -30,6 +31,7 @@ class PmCounters:
             scan_hz = _first_number(root / "raw_scan_hz")
         except (OSError, ValueError):
             scan_hz = DEFAULT_SCAN_HZ
+        self._standstill = Standstill()
         self.failures: dict[str, str] = {}
         self.devices: tuple[Device, ...] = (
             Device(
@@ -45,10 +47,10 @@ class PmCounters:
         )
 
     def read(self) -> dict[str, int | None]:
-        """Millijoules since the node was powered; None when the counter cannot be read."""
+        """Millijoules since the node was powered; None when the counter cannot be read, or stands still."""
         uuid = self.devices[0].uuid
         try:
-            return {uuid: _first_number(self._energy) * 1000}
+            return {uuid: self._standstill.check(_first_number(self._energy)) * 1000}
         except (OSError, ValueError) as error:
             self.failures[uuid] = str(error)
             return {uuid: None}

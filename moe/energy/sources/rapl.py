@@ -16,6 +16,7 @@ from pathlib import Path
 from moe.energy.clock import boottime_ns
 from moe.energy.sources.base import Device
 from moe.energy.sources.estimate import host_uuid
+from moe.energy.sources.standstill import Standstill
 from moe.energy.sources.sysfs import matches
 from moe.errors import SensorError
 
@@ -71,6 +72,7 @@ class RaplSource:
         self._domains = _find_domains(root)
         if not self._domains:
             raise SensorError(f"{root} has no RAPL package domain: declare the power instead")
+        self._standstill = Standstill()
         self.failures: dict[str, str] = {}
         self.devices: tuple[Device, ...] = (
             Device(
@@ -86,7 +88,7 @@ class RaplSource:
         )
 
     def read(self) -> dict[str, int | None]:
-        """Millijoules of all domains since construction; None when any of them cannot be read."""
+        """Millijoules of all domains since construction; None when one cannot be read, or all stand still."""
         uuid = self.devices[0].uuid
         failure = None
         for domain in self._domains:
@@ -94,10 +96,13 @@ class RaplSource:
                 domain.update()
             except (OSError, ValueError) as error:
                 failure = f"{domain.name}: {error}"
-        if failure is not None:
-            self.failures[uuid] = failure
-            return {uuid: None}
-        return {uuid: sum(domain.energy_uj for domain in self._domains) // 1000}
+        if failure is None:
+            try:
+                return {uuid: self._standstill.check(sum(domain.energy_uj for domain in self._domains)) // 1000}
+            except ValueError as error:
+                failure = str(error)
+        self.failures[uuid] = failure
+        return {uuid: None}
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -25,6 +25,7 @@ class Segment:
         name: str = H100,
         kind: str = "gpu",
         source: str = "counter",
+        resumed_step: int = 0,
     ) -> None:
         self.writer = LedgerWriter(path)
         described = [
@@ -50,7 +51,7 @@ class Segment:
             started_boottime_ns=round(start_s * 1e9),
             interval_s=1.0,
             flush_s=5.0,
-            resumed_step=0,
+            resumed_step=resumed_step,
             resumed_tokens=0,
             devices=described,
         )

@@ -52,6 +52,22 @@ def test_the_text_shows_bands_units_and_factors(report):
     assert "an estimate" not in text
 
 
+def test_each_scope_has_one_heading(report):
+    """Numbers of the facility come before and behind those of the site's water: still one list each."""
+    words = ("--pue", "1.2", "--grid", "DE", "--wue", "0.3", "--price", "2", "--price-kwh", "0.2")
+    headings = [
+        line for line in report(*words, "--utilisation", "0.6").stdout.splitlines() if line.startswith("footprint, ")
+    ]
+    assert len(headings) > 3
+    assert len(headings) == len(set(headings))
+
+
+def test_a_mistake_cannot_steer_the_terminal(report):
+    assert report("--grid", "\x1b[2Jnowhere").stderr.startswith(
+        "moe: --grid \N{REPLACEMENT CHARACTER}[2Jnowhere is in "
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -7,6 +7,7 @@ import pytest
 
 from moe.energy import fold_ledgers
 from moe.energy.footprint import Footprint, Stated, footprint_of
+from moe.energy.footprint.factors import matching
 from moe.energy.footprint.quantity import Interval
 from moe.errors import ConfigError
 
@@ -49,6 +50,8 @@ def test_water_is_counted_by_it_energy_at_the_site_and_by_facility_energy_at_the
     assert numbers(footprint, "water_consumed_grid") == near(23.364, 22.1958, 24.5322)
     assert numbers(footprint, "water_consumed") == near(26.364, 25.0458, 27.6822)
     assert numbers(footprint, "water_withdrawn_site") == near(5, 4.75, 5.25)
+    source = footprint.numbers["water_consumed"].source
+    assert source.startswith("counter; stated: --pue; stated: --wue; "), "each part's once"
     assert "water_withdrawn" not in footprint.numbers, "what plants withdraw is in no table"
     for name, quantity in footprint.numbers.items():
         if name.startswith("water"):
@@ -160,6 +163,31 @@ def test_time_the_meter_did_not_see_is_told(new_segment, tmp_path):
     assert "the meter saw 50.0% of the devices' time: the rest is in no number" in footprint.notes
 
 
+def test_a_ledger_that_begins_later_has_no_sci_per_token(new_segment, tmp_path):
+    """Tokens of the whole lineage would share the carbon of its last part."""
+    segment = new_segment(resumed_step=100)
+    segment.read(0, 0)
+    segment.mark(1, tokens=10**9)
+    segment.read(14400, 36e6)
+    segment.end(14400)
+    footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="350", utilisation=0.5))
+    assert "sci_run" in footprint.numbers
+    assert "sci_per_1e9_tokens" not in footprint.numbers
+    assert "the ledger begins at step 100: the SCI per token is left out" in footprint.notes
+
+
+def test_embodied_sources_have_one_order(new_segment, tmp_path):
+    """That of the devices, in every process."""
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB")
+    for start_s, name in enumerate(names):
+        segment = new_segment(start_s * 3600, name=name)
+        segment.read(start_s * 3600, 0)
+        segment.end(start_s * 3600 + 1800)
+    numbers_of = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(utilisation=0.5)).numbers
+    for number, kind in (("embodied_accelerator",) * 2, ("embodied_server",) * 2, ("e_waste", "mass")):
+        assert numbers_of[number].source == "; ".join(matching(kind, name).source for name in names)
+
+
 def test_hardware_in_no_table_is_left_out_and_named(run):
     for device, called in (({"name": "NVIDIA GeForce RTX 4090"}, "RTX 4090"), ({"kind": "cpu"}, "hosts without a GPU")):
         footprint = footprint_of(run(**device), Stated(utilisation=0.5))
@@ -186,6 +214,7 @@ def test_hardware_in_no_table_is_left_out_and_named(run):
         ),
         (Stated(market=-1), "--market -1 must be a number of at least 0 (g/kWh): correct it"),
         (Stated(wue=("-1",)), "--wue -1 must be a number of at least 0 (L/kWh IT): correct it"),
+        (Stated(wue=("0.3", "0.4")), "--wue 0.4 is a second number of water consumed at the site: give one of them"),
         (Stated(wue=("drunk=1",)), "--wue drunk=1 is in no row of the shipped table: the nearest is "),
         (Stated(price=-2), "--price -2 must be a number of at least 0 (currency/device-hour): correct it"),
         (Stated(price_kwh="-0.1"), "--price-kwh -0.1 must be a number of at least 0 (currency/kWh): correct it"),
@@ -208,6 +237,7 @@ def test_intervals_keep_the_worst_of_both():
     """The docstring's numbers; a quotient turns the divisor's ends round; an unknown value stays unknown."""
     assert Interval(2.0, 1.0, 3.0) * Interval(10.0, 10.0, 20.0) == Interval(20.0, 10.0, 60.0)
     assert Interval(6.0, 4.0, 8.0) / Interval(None, 1.0, 2.0) == Interval(None, 2.0, 8.0)
+    assert Interval(10.0, 9.0, 11.0) * Interval(-2.0, -3.0, 1.0) == Interval(-20.0, -33.0, 11.0)
     assert Interval(1.0, 0.5, 2.0) + Interval(1.0, 1.0, 1.0) == Interval(2.0, 1.5, 3.0)
 
 

@@ -62,6 +62,16 @@ def test_a_price_by_time_is_joined_alike_and_facility_energy_pays_it(run, tmp_pa
     assert footprint_of(run(), said).numbers["cost_energy"].amount.value == pytest.approx(3)
 
 
+def test_a_price_may_be_below_zero(run, tmp_path):
+    """Day-ahead markets pay at times: 10 kWh, half of them at -0.1 and half at 0.3, cost 1; all at -0.1 cost -1."""
+    path = tmp_path / "prices.csv"
+    path.write_text(csv_of({0: -0.1, 2: 0.3}, "price_per_kwh"))
+    assert footprint_of(run(), Stated(price_kwh=str(path))).numbers["cost_energy"].amount.value == pytest.approx(1)
+    path.write_text(csv_of({0: -0.1, 4: 0.3}, "price_per_kwh"))
+    amount = footprint_of(run(), Stated(price_kwh=str(path))).numbers["cost_energy"].amount
+    assert (amount.low, amount.value, amount.high) == pytest.approx((-1.05, -1.0, -0.95))
+
+
 def test_nodes_and_time_zones_meet_in_utc(new_segment, tmp_path, carbon):
     """One node in hour 0, another in hour 1; the file tells its hours in the time of Berlin."""
     for file, hour in (("ledger.jsonl", 0), ("ledger.node1.jsonl", 1)):
@@ -183,6 +193,7 @@ def test_estimated_hours_of_electricity_maps_are_told_and_empty_ones_are_gaps(ru
         pytest.param(f"utc,g_per_kwh\n{utc(0)},much\n", "has a line that is not utc,g_per_kwh (could", id="word"),
         pytest.param(f"utc,g_per_kwh\n{utc(0)},1\n", "has 1 times: at least two tell how long a value", id="one row"),
         pytest.param(csv_of({0: 1, 1: -5}), "has -5 at 2025-01-01T01:00Z: a value is at least 0", id="negative"),
+        pytest.param("utc,g_per_kwh\n" + "x" * 140_000, "is no CSV (field larger than field limit", id="long field"),
         pytest.param(csv_of({0: 1, 1: 5}) + f"{utc(1)},6\n", "has two values for 2025-01-01T01:00Z: keep", id="two"),
         pytest.param(
             csv_of({100: 1, 101: 5}),

@@ -39,13 +39,20 @@ def test_a_word_means_one_row(name):
         ("NVIDIA H200", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA B200", "B200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A800 80GB PCIe", None),
         ("NVIDIA GeForce RTX 4090", None),
         ("NVIDIA A10", None),
     ],
 )
 def test_hardware_is_found_by_the_drivers_name(driver_name, code):
+    """Cards are no eighth of an HGX board or server, and have no row."""
     row = matching("embodied_accelerator", driver_name)
     assert (row is None) if code is None else row.name.startswith(code)
+    if code is None:
+        assert matching("embodied_server", driver_name) is matching("mass", driver_name) is None
 
 
 def test_the_grid_table_has_the_world_its_countries_and_the_us_subregions():
