@@ -267,9 +267,12 @@ def test_a_ledger_cannot_steer_the_terminal_of_who_reads_it(moe, tmp_path):
 def test_a_program_that_ignores_sigterm_goes_on_and_is_metered_to_its_end(tmp_path):
     """The meter neither kills what asked to live nor leaves it unbilled."""
     code = """
-import signal, time
-signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+import signal, threading, time
+asked = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: (asked.set(), print("asked", flush=True)))
 print("up", flush=True)
+while not asked.wait(0.05):
+    pass
 time.sleep(1.5)
 """
     command = [*MOE, "run", "--out", "r", "--", sys.executable, "-c", code]
