@@ -54,6 +54,17 @@ int nvmlSystemGetDriverVersion(char *out, unsigned size) { return snprintf(out, 
 """
 
 
+# what both files define: those of the tests' library get another name
+OVERRIDDEN = (
+    "Value", "FieldValue", "Sample", "nvmlDeviceGetFieldValues", "nvmlDeviceGetPersistenceMode",
+    "nvmlSystemGetDriverVersion",
+)  # fmt: skip
+
+
+def _renamed(name: str) -> tuple[str, str]:
+    return f"define {name} tests_{name}", f"undef {name}"
+
+
 def fake_environment(work: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Build the library and describe its GPU; the environment that makes pynvml load it, {} without a C compiler."""
     source, compiler = ROOT / "tests" / "energy" / "fake_nvml.c", shutil.which("gcc") or shutil.which("cc")
@@ -62,7 +73,8 @@ def fake_environment(work: Path, environment: Mapping[str, str]) -> dict[str, st
         return {}
     folder = work / "fake_nvml"
     folder.mkdir()
-    (folder / "nvml.c").write_text(f'#include "{source}"\n{CALLS}')
+    aside, back = ("".join(f"#{text}\n" for text in texts) for texts in zip(*map(_renamed, OVERRIDDEN), strict=True))
+    (folder / "nvml.c").write_text(f'{aside}#include "{source}"\n{back}{CALLS}')
     flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libnvidia-ml.so.1", "-o", str(folder / "libnvidia-ml.so.1")]
     built = subprocess.run([compiler, *flags, str(folder / "nvml.c")], capture_output=True, text=True)
     if built.returncode != 0:
@@ -70,7 +82,8 @@ def fake_environment(work: Path, environment: Mapping[str, str]) -> dict[str, st
         return {}
     # 400 W on average: 500 and 300 W in turns of 0.2 s, a counter that moves every 100 ms
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    state = f"gpu {UUID} Made-up-GPU 1 ok {now_ns} 5000000 100000000 0 500000 300000 400000000\n"
+    state = "machine 0 1\n"
+    state += f"gpu {UUID} Made-up-GPU 1 ok {now_ns} 5000000 100000000 0 500000 300000 400000000 9 1 1000 0\n"
     (folder / "state").write_text(state)
     paths = [str(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     return {"LD_LIBRARY_PATH": ":".join(paths), "FAKE_NVML_STATE": str(folder / "state")}
