@@ -77,7 +77,7 @@ _TABLE: dict[tuple[str, str, int], Config] = {
     ("swiglu", "fp32", 16): Config(16, 32, 32, 4, 2, 2, precision="ieee"),
     # The epilogue holds q, gate, up and what becomes of them beside each other: more than 128 columns spill.
     ("swiglu_backward", "tma", 128): Config(128, 128, 64, 8, 4, 1, tma=True),
-    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 4, 4, 2, tma=True),
+    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 2, tma=True),
     ("swiglu_backward", "tma", 16): Config(16, 128, 128, 4, 3, 3, tma=True),
     ("swiglu_backward", "any", 128): Config(128, 128, 64, 8, 3, 1),
     ("swiglu_backward", "any", 64): Config(64, 64, 64, 8, 3, 2),
