@@ -31,7 +31,7 @@ def test_prints_both_peers(bench: ModuleType, capsys: pytest.CaptureFixture[str]
     for line in lines.values():
         assert set(line) == keys
         assert line["config"]["flops"] == 18 * 64 * 2 * 32 * 16
-        assert line["peer"] == pytest.approx(line["config"]["all_ms"][line["peer_name"]], abs=1e-3)
+        assert line["peer"] == pytest.approx(line["config"]["all_ms"][line["peer_name"]], rel=1e-3)
     times = lines["bf16/transformers"]["config"]["all_ms"]
     fastest = lines["bf16/transformers"]["peer_name"]
     assert times[fastest] == min(ms for name, ms in times.items() if name.startswith("transformers"))

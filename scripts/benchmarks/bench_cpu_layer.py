@@ -5,18 +5,22 @@
 The layer is router and experts, softmax scores, no shared expert; every round has a fresh batch, so loads differ from
 round to round as in training. Peers: a dense SwiGLU as wide as the K experts of a token, without routing; and
 transformers' Qwen3-MoE block with the same weights, by the fastest of its implementations and precisions. Outputs of
-the same weights must agree before anything is timed. Everyone runs in turn on two threads; ratios are medians of those
-of each round. The floor is one matrix product of the same operations, timed in the same rounds.
+the same weights must agree before anything is timed. Everyone runs in turn, in a process of their own, on two threads;
+ratios are medians of those of each round. The floor is one matrix product of the same operations, timed in the same
+rounds.
 
 bf16 is autocast over fp32 weights on all sides; transformers may also hold its weights in bf16.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from contestant import Contestant
 from measure import hardware, paired_ratio, print_line, race
 from step_parts import train_layer
 from torch import Tensor, nn
@@ -78,33 +82,64 @@ class Block(nn.Module):
         return self.block(x.to(self.dtype)[None])[0]
 
 
+def ours(case: Case) -> MoE:
+    """The layer, the same weights every time."""
+    torch.manual_seed(0)
+    return MoE(case.model, case.experts, case.top_k, case.hidden, score_func="softmax", topk_method="greedy")
+
+
+def theirs(case: Case) -> dict[str, Block]:
+    """transformers' ways to compute it."""
+    words = {"": torch.float32} | ({" in bf16": torch.bfloat16} if case.precision == "bf16" else {})
+    return {
+        f"transformers {how}{word}": Block(ours(case), case, how, dtype)
+        for how in IMPLEMENTATIONS
+        for word, dtype in words.items()
+    }
+
+
+def build(case: Case, name: str) -> Callable[[int | None], None]:
+    """Of one who takes part: called with a seed, a fresh batch; without, the work on it."""
+    bf16 = case.precision == "bf16"
+    x = torch.empty(case.tokens, case.model)
+    if name == "floor":
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        wide, rows = torch.randn(case.model, 9 * case.top_k * case.hidden).to(dtype), torch.randn_like(x).to(dtype)
+        work: Callable[[], object] = lambda: rows @ wide  # noqa: E731
+    elif name == "dense MLP":
+        work = train_layer(FeedForward(case.model, case.top_k * case.hidden), x, bf16)
+    elif name == "ours":
+        work = train_layer(ours(case), x, bf16)
+    else:
+        block = theirs(case)[name]
+        work = train_layer(block, x, bf16 and block.dtype == torch.float32)
+
+    def turn(seed: int | None) -> None:
+        if seed is None:
+            work()
+        else:
+            x.normal_(generator=torch.Generator().manual_seed(seed))
+
+    return turn
+
+
 def run(name: str, case: Case, rounds: int) -> None:
     """Agree, time, print one line a peer."""
-    torch.manual_seed(0)
-    bf16 = case.precision == "bf16"
-    x = torch.randn(case.tokens, case.model)
-    layer = MoE(
-        case.model, case.experts, case.top_k, case.hidden, score_func="softmax", topk_method="greedy"
-    )  # fmt: skip
-    dtypes = {"": torch.float32, **({" in bf16": torch.bfloat16} if bf16 else {})}
-    theirs = {
-        f"transformers {how}{word}": Block(layer, case, how, dtype)
-        for how in IMPLEMENTATIONS
-        for word, dtype in dtypes.items()
-    }
-    check(name, case, layer, theirs, x)
-    work: dict[str, Callable[[], object]] = {"ours": train_layer(layer, x, bf16)}
-    work["dense MLP"] = train_layer(FeedForward(case.model, case.top_k * case.hidden), x, bf16)
-    for peer, block in theirs.items():
-        work[peer] = train_layer(block, x, bf16 and block.dtype == torch.float32)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    wide = torch.randn(case.model, 9 * case.top_k * case.hidden).to(dtype)
-    rows = x.to(dtype)
-    work["floor"] = lambda: rows @ wide
-    times = race(work, "cpu", rounds, fresh=x.normal_)
-    layer.router.forget()
+    blocks = theirs(case)
+    check(name, case, blocks)
+    seeds = itertools.count(1)
+    with ExitStack() as stack:
+        names = ("ours", "dense MLP", *blocks, "floor")
+        sides = {side: stack.enter_context(Contestant(THREADS, build, case, side)) for side in names}
+
+        def fresh() -> None:
+            seed = next(seeds)
+            for side in sides.values():
+                side(seed)
+
+        times = race({key: lambda side=side: side(None) for key, side in sides.items()}, "cpu", rounds, fresh)
     medians = {peer: statistics.median(taken) for peer, taken in times.items()}
-    fastest = min(theirs, key=medians.__getitem__)
+    fastest = min(blocks, key=medians.__getitem__)
     config = {
         **case._asdict(), "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__,
         "score_func": "softmax", "flops": case.flops, "transformers": _transformers_version(),
@@ -120,15 +155,15 @@ def run(name: str, case: Case, rounds: int) -> None:
         )  # fmt: skip
 
 
-def check(name: str, case: Case, layer: MoE, theirs: dict[str, Block], x: Tensor) -> None:
+def check(name: str, case: Case, blocks: dict[str, Block]) -> None:
     """Raises SystemExit unless all give our outputs in fp32; tokens near a tie may go elsewhere in bf16."""
-    want = layer(x)
-    for peer, block in theirs.items():
+    x = torch.randn(case.tokens, case.model)
+    want = ours(case)(x)
+    for peer, block in blocks.items():
         bound = AGREE["fp32" if block.dtype == torch.float32 else "bf16"]
         error = (want - block(x)).float().norm(dim=-1).div(want.norm(dim=-1).mean()).median().item()
         if not error <= bound:
             raise SystemExit(f"bench cpu-layer {name}: {peer} is off by {error:.1e}, allowed {bound:.0e}; no timing")
-    layer.router.forget()
 
 
 def _transformers_version() -> str:

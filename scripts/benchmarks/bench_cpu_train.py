@@ -1,7 +1,7 @@
 """A full training step on a CPU: ours against transformers' DeepSeek-V3, and against our own dense twin.
 
-Losses of the same weights must agree before anything is timed. All sides then train in turn, every round on a fresh
-batch that all of them share; numbers are medians over the rounds, on two threads. Cases:
+Losses of the same weights must agree before anything is timed. All sides then train in turn, each in a process of its
+own, every round on a fresh batch that all of them share; numbers are medians over the rounds, on two threads. Cases:
 
     fp32      both sides fp32, with the same head and loss; fp32-shipped: transformers with its own head and loss
     fastest   each side in the precision that is fastest for it; likewise fastest-shipped
@@ -17,15 +17,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from contestant import Contestant
 from measure import Times, hardware, race
 from step_parts import parts_ms, product_rate
-from torch import Tensor
-from training_sides import Ours, Side, Theirs
+from training_sides import Ours, batch_of, build_ours, build_theirs
 
 from moe import ModelConfig, accounting
 from moe.energy import EnergyMeter
@@ -41,7 +42,7 @@ BATCH, LENGTH, THREADS = 8, 256, 2
 AGREE = {"fp32": 1e-5, "bf16": 1e-3, "pure bf16": 3e-3}  # largest relative difference of the first losses
 METER_GOAL = 0.001
 
-Sides = dict[str, Side]
+Sides = Mapping[str, Contestant]
 Lines = list[dict[str, object]]
 
 
@@ -51,28 +52,19 @@ class Bench:
     def __init__(self, config: ModelConfig, batch: int, length: int, rounds: int, cases: Sequence[str]) -> None:
         self.config, self.shape, self.rounds, self.cases = config, (batch, length), rounds, cases
         self.tokens = batch * length
-        self.sides: Sides = {f"ours {p}": Ours(config, p) for p in ("fp32", "bf16")}
-        first = self.sides["ours fp32"]
-        assert isinstance(first, Ours)
-        precisions = ("fp32", "bf16", "pure bf16") if "fastest" in cases else ("fp32",) if "fp32" in cases else ()
-        self.experts_ms = self._experts_ms(first) if precisions else {}
-        for precision in precisions:
-            experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
-            self.sides[f"theirs {precision}"] = Theirs(first, precision, experts, same_head=True)
-            self.sides[f"shipped {precision}"] = Theirs(first, precision, experts, same_head=False)
-        if "dense" in cases:
-            twin = config.dense_twin(match="active")
-            self.sides |= {f"dense {p}": Ours(twin, p) for p in ("fp32", "bf16")}
+        self.experts_ms: dict[str, float] = {}  # a step by transformers' ways to compute experts
         self.rates: dict[str, float] = {}
         self.times: Times = {}  # milliseconds
 
     def lines(self) -> Lines:
         """Agree, time, then everything that is printed."""
-        self._agree()
+        with ExitStack() as stack:
+            sides = self._sides(stack)
+            check({name: side(0) for name, side in sides.items()})  # each side's first step, which warms up
+            self.times = self._race(sides)
         for name in ("fp32", "bf16"):
             dtype = torch.float32 if name == "fp32" else torch.bfloat16
             self.rates[name] = product_rate(self.config, self.tokens, dtype)
-        self.times = self._race(self.sides)
         found: Lines = []
         if "fp32" in self.cases:
             found += [self._against("fp32", "ours fp32", "theirs fp32")]
@@ -85,24 +77,32 @@ class Bench:
             found += [self._against_dense(precision) for precision in ("fp32", "bf16")]
         return found
 
-    def _ids(self, seed: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, self.shape, generator=torch.Generator().manual_seed(seed))
+    def _sides(self, stack: ExitStack) -> Sides:
+        """Those the cases ask for."""
 
-    def _agree(self) -> None:
-        """Same weights, same batch: the losses of both sides. This is also each side's first step, which warms up."""
-        losses = {name: side.step(self._ids(0)) for name, side in self.sides.items()}
-        for name, loss in losses.items():
-            side = self.sides[name]
-            difference = abs(loss / losses["ours fp32"] - 1)
-            if not name.startswith("dense") and not difference <= AGREE[side.precision]:
-                raise SystemExit(f"bench cpu-train: losses of {name} and ours differ by {difference:.1e}; no timing")
+        def start(build: Any, config: ModelConfig, *setup: object) -> Contestant:
+            return stack.enter_context(Contestant(THREADS, build, config, self.shape, *setup))
+
+        sides = {f"ours {p}": start(build_ours, self.config, p) for p in ("fp32", "bf16")}
+        cases = self.cases
+        precisions = ("fp32", "bf16", "pure bf16") if "fastest" in cases else ("fp32",) if "fp32" in cases else ()
+        if precisions:  # the batched way needs a weight for every token
+            ways = {way: start(build_theirs, self.config, "fp32", way, True) for way in ("grouped_mm", "eager")}
+            self.experts_ms = {way: round(min(taken), 1) for way, taken in self._race(ways).items()}
+            experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
+            for name, same_head in (("theirs", True), ("shipped", False)):
+                sides |= {f"{name} {p}": start(build_theirs, self.config, p, experts, same_head) for p in precisions}
+        if "dense" in cases:
+            twin = self.config.dense_twin(match="active")
+            sides |= {f"dense {p}": start(build_ours, twin, p) for p in ("fp32", "bf16")}
+        return sides
 
     def _race(self, sides: Sides) -> Times:
         """Milliseconds of each side's step, everyone on the batch of the round."""
-        batches = itertools.count(1)
-        ids = self._ids(0)
-        work = {name: lambda side=side: side.step(ids) for name, side in sides.items()}
-        return race(work, "cpu", self.rounds, fresh=lambda: ids.copy_(self._ids(next(batches))))
+        seeds = itertools.count(1)
+        seed = [0]
+        work = {name: lambda side=side: side(seed[0]) for name, side in sides.items()}
+        return race(work, "cpu", self.rounds, fresh=lambda: seed.__setitem__(0, next(seeds)))
 
     def _median_s(self, name: str) -> float:
         return statistics.median(self.times[name]) / 1e3
@@ -110,24 +110,20 @@ class Bench:
     def _fastest(self, side: str) -> str:
         return min((name for name in self.times if name.startswith(side)), key=self._median_s)
 
-    def _experts_ms(self, first: Ours) -> dict[str, float]:
-        """A step by transformers' ways to compute experts on a CPU; the batched one needs a weight for every token."""
-        sides: Sides = {name: Theirs(first, "fp32", name, same_head=True) for name in ("grouped_mm", "eager")}
-        return {name: round(min(taken), 1) for name, taken in self._race(sides).items()}
-
     def _floor_s(self, precision: str) -> float:
         rate = self.rates["fp32" if precision == "fp32" else "bf16"]
         return accounting.flops_per_token(self.config, self.shape[1]) * self.tokens / rate
 
     def _against(self, case: str, mine: str, other: str) -> dict[str, object]:
         ours, peer = self._median_s(mine), self._median_s(other)
-        side = self.sides[mine]
+        precision, peer_precision = _precision(mine), _precision(other)
+        side = Ours(self.config, precision)
         assert isinstance(side.model, Transformer)
-        parts = parts_ms(side.model, side.optimizer, self._ids(1), side.precision == "bf16")
+        parts = parts_ms(side.model, side.optimizer, batch_of(self.config, self.shape, 1), precision == "bf16")
         import transformers
 
         more = {
-            "ours_precision": side.precision, "peer_precision": self.sides[other].precision, "attention": "sdpa",
+            "ours_precision": precision, "peer_precision": peer_precision, "attention": "sdpa",
             "peer_head": "its own" if other.startswith("shipped") else "ours", "compile": False,
             "peer_experts_ms": self.experts_ms,
             "all_ms": {name: round(1e3 * self._median_s(name), 1) for name in self.times},
@@ -135,8 +131,8 @@ class Bench:
             "parts_ms": parts, "transformers": transformers.__version__,
         }  # fmt: skip
         experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
-        peer_name = f"transformers DeepseekV3ForCausalLM, {self.sides[other].precision}, {experts} experts, sdpa"
-        floor = self._floor_s(side.precision) / ours
+        peer_name = f"transformers DeepseekV3ForCausalLM, {peer_precision}, {experts} experts, sdpa"
+        floor = self._floor_s(precision) / ours
         return self._line(case, ours * 1e3, peer * 1e3, peer_name, "ms per step", peer / ours, floor, more)
 
     def _against_dense(self, precision: str) -> dict[str, object]:
@@ -150,7 +146,7 @@ class Bench:
 
     def meter(self) -> dict[str, object]:
         """A metered loop of real steps, called as `moe.trainer.loop` calls: three phases, progress, and a snapshot."""
-        side = self.sides["ours fp32"]
+        side = Ours(self.config, "fp32")
         with tempfile.TemporaryDirectory() as folder, EnergyMeter(Path(folder) / "ledger.jsonl") as meter:
             told_s = wall_s = read_s = 0.0
             for number in range(-2, self.rounds):  # what the first calls load and allocate is paid once
@@ -161,7 +157,7 @@ class Bench:
                     meter.phase(phase)
                     told_s += time.perf_counter() - start
                     if phase == "forward_backward":
-                        side.step(self._ids(number + 3))
+                        side.step(batch_of(self.config, self.shape, number + 3))
                 start = time.perf_counter()
                 meter.progress(number + 3, (number + 3) * self.tokens)
                 meter.snapshot()
@@ -187,6 +183,19 @@ class Bench:
         }  # fmt: skip
         return {"bench": "cpu-train", "case": case, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": unit,
                 "ratio": ratio, "floor_fraction": floor, "hardware": hardware(), "config": config}  # fmt: skip
+
+
+def check(losses: Mapping[str, float]) -> None:
+    """Raises SystemExit unless those of the same weights and the same batch agree."""
+    for name, loss in losses.items():
+        difference = abs(loss / losses["ours fp32"] - 1)
+        if not name.startswith("dense") and not difference <= AGREE[_precision(name)]:
+            raise SystemExit(f"bench cpu-train: losses of {name} and ours differ by {difference:.1e}; no timing")
+
+
+def _precision(side: str) -> str:
+    """Of a side by its name: "theirs pure bf16" -> "pure bf16"."""
+    return side.partition(" ")[2]
 
 
 def main(

@@ -7,6 +7,7 @@ fp32; bf16, autocast over fp32 weights; pure bf16, weights and optimizer states 
 
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -17,7 +18,7 @@ from moe.config import OptimConfig
 from moe.layers.head import next_token_labels
 from moe.optim import build_optimizer
 
-__all__ = ["Ours", "Side", "Theirs"]
+__all__ = ["Ours", "Side", "Theirs", "batch_of", "build_ours", "build_theirs"]
 
 OPTIM = OptimConfig()
 
@@ -100,6 +101,25 @@ class Theirs(Side):
 
     def balance(self) -> None:
         """Nothing: transformers moves no biases."""
+
+
+def batch_of(config: ModelConfig, shape: tuple[int, int], seed: int) -> Tensor:
+    """Token ids (B, S), the same for every side."""
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build_ours(config: ModelConfig, shape: tuple[int, int], precision: str) -> Callable[[int], float]:
+    """Our side's step over the batch of a seed."""
+    side = Ours(config, precision)
+    return lambda seed: side.step(batch_of(config, shape, seed))
+
+
+def build_theirs(
+    config: ModelConfig, shape: tuple[int, int], precision: str, experts: str, same_head: bool
+) -> Callable[[int], float]:
+    """The same of transformers' side."""
+    side = Theirs(Ours(config, "fp32"), precision, experts, same_head=same_head)
+    return lambda seed: side.step(batch_of(config, shape, seed))
 
 
 def _same_groups(model: nn.Module) -> torch.optim.AdamW:
