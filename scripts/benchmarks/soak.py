@@ -156,8 +156,7 @@ class Soak:
         code = process.wait()
         life.gone_ns = now_ns()
         if code:
-            said = "".join(path.read_text() for path in self.folder.glob("*.stderr"))
-            raise RuntimeError(f"the training ended with exit code {code}: {said[-4000:]}")
+            raise RuntimeError(f"the training ended with exit code {code}: {self._said()}")
 
     def _kill(self, life: Life, process: "subprocess.Popen[bytes]", target: int) -> None:
         if life.kind == "start":
@@ -172,13 +171,16 @@ class Soak:
                 time.sleep(self._chance.uniform(0, 0.5))
         life.alive_ns = now_ns()
         if process.poll() is not None:
-            raise RuntimeError(f"the training was over before its kill at step {target}")
+            raise RuntimeError(f"the training was over before its kill at step {target}: {self._said()}")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         life.gone_ns = now_ns()
         if life.kind == "power cut":
             life.cut_bytes = self._cut("ledger.jsonl") + self._cut("metrics.jsonl")
             time.sleep(self._chance.uniform(*OFF_S))
+
+    def _said(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("*.stderr"))[-4000:]
 
     def _wait(self, process: "subprocess.Popen[bytes]", holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -214,6 +216,8 @@ class Verdicts:
         self.fold = fold_ledgers([soak.ledger()])
         self.parts = _parts(soak.ledger())
         self.lost_mj = [round(part.unattributed_j * 1000) for part in self.fold.segments]
+        self.tick_mj = soak.gpu.tick_ns * max(soak.gpu.power1_mw, soak.gpu.power2_mw) // 10**9
+        self.flush_mj = FLUSH_NS * (soak.gpu.power1_mw + soak.gpu.power2_mw) // 2 // 10**9 + 2 * self.tick_mj
         self.numbers: dict[str, Any] = {}
         self.holds: dict[str, bool] = {}
         self._energy(self.fold)
@@ -255,8 +259,6 @@ class Verdicts:
 
     def _kills(self) -> None:
         """What each kill cost: from the last reading kept to the last moment the process was seen alive."""
-        flush_mj = FLUSH_NS * (self.gpu.power1_mw + self.gpu.power2_mw) // 2 // 10**9
-        tick_mj = self.gpu.tick_ns * max(self.gpu.power1_mw, self.gpu.power2_mw) // 10**9
         rows, told_well = [], True
         read = [(number, part) for number, part in enumerate(self.parts) if part.readings]
         for (_, part), (number, _) in itertools.pairwise(read):
@@ -265,7 +267,7 @@ class Verdicts:
             between_mj, between_ns = (first[name] - last[name] for name in ("energy_mj", "boottime_ns"))
             share_mj = between_mj if between_ns <= FLUSH_NS else between_mj * FLUSH_NS // between_ns
             used_mj = counter_mj(self.gpu, life.alive_ns) - last["energy_mj"]
-            told_well = told_well and told_mj == share_mj and used_mj - tick_mj <= told_mj <= flush_mj + 2 * tick_mj
+            told_well = told_well and told_mj == share_mj and used_mj - self.tick_mj <= told_mj <= self.flush_mj
             rows.append((life, life.gone_ns - last["boottime_ns"], told_mj))
         kept_well = all(gap <= (FLUSH_NS if life.cut_bytes else 2 * INTERVAL_NS) for life, gap, _ in rows)
         self.holds["a kill takes at most two intervals of readings, a power cut a flush interval's"] = kept_well
@@ -322,6 +324,11 @@ class Verdicts:
         costs = [_column(rows, name) for name in ("energy/total_kwh", "train/device_hours")]
         self.holds["what the rows say the run cost never falls"] = all(
             [cost for _, cost in column] == sorted(cost for _, cost in column) for column in costs
+        )
+        live_mj, live_hours = round(costs[0][-1][1] * 3.6e9), costs[1][-1][1]
+        end_mj, end_hours = fold.total.energy_mj - live_mj, fold.total.device_hours - live_hours
+        self.holds["the last row's cost is the ledger's, but for what came after it"] = (
+            0 <= end_mj <= self.flush_mj and 0 <= end_hours <= FLUSH_NS / 3.6e12
         )
         left = {path.name for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")}
         self.holds["no half checkpoint is left"] = not left
