@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +70,16 @@ def counter_mj(gpu: Gpu, at_ns: int) -> int:
 
 def now_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+@contextmanager
+def _not_left_alone(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Whoever interrupts the soak ends the training too."""
+    try:
+        yield
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 @dataclass
@@ -153,12 +164,26 @@ class Soak:
 
     def _end(self, life: Life, process: "subprocess.Popen[bytes]") -> None:
         life.alive_ns = now_ns()
-        code = process.wait()
+        with _not_left_alone(process):
+            code = process.wait()
         life.gone_ns = now_ns()
         if code:
             raise RuntimeError(f"the training ended with exit code {code}: {self._said()}")
 
     def _kill(self, life: Life, process: "subprocess.Popen[bytes]", target: int) -> None:
+        with _not_left_alone(process):
+            self._wait_for_its_moment(life, process, target)
+        life.alive_ns = now_ns()
+        if process.poll() is not None:
+            raise RuntimeError(f"the training was over before its kill at step {target}: {self._said()}")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        life.gone_ns = now_ns()
+        if life.kind == "power cut":
+            life.cut_bytes = self._cut("ledger.jsonl") + self._cut("metrics.jsonl")
+            time.sleep(self._chance.uniform(*OFF_S))
+
+    def _wait_for_its_moment(self, life: Life, process: "subprocess.Popen[bytes]", target: int) -> None:
         if life.kind == "start":
             time.sleep(self._chance.uniform(0, START_S))
         else:
@@ -169,15 +194,6 @@ class Soak:
                 time.sleep(self._chance.uniform(0, 0.01))
             else:
                 time.sleep(self._chance.uniform(0, 0.5))
-        life.alive_ns = now_ns()
-        if process.poll() is not None:
-            raise RuntimeError(f"the training was over before its kill at step {target}: {self._said()}")
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        life.gone_ns = now_ns()
-        if life.kind == "power cut":
-            life.cut_bytes = self._cut("ledger.jsonl") + self._cut("metrics.jsonl")
-            time.sleep(self._chance.uniform(*OFF_S))
 
     def _said(self) -> str:
         return "".join(path.read_text() for path in self.folder.glob("*.stderr"))[-4000:]
