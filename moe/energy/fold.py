@@ -34,6 +34,7 @@ class Lost:
     """Energy of a killed segment after its last reading: at an even rate, up to one flush interval."""
 
     uuid: str
+    position: int  # of the killed segment in its file
     start_ns: int
     end_ns: int
     utc_offset_ns: int
@@ -79,36 +80,39 @@ class FileFold:
         """Remember that the ledger ended in `size` bytes of an unfinished line."""
         self.torn_bytes = size
 
-    def unattributed_mj(self, position: int) -> dict[str, int]:
-        """Per device, what a lost segment used after its last reading, as the next segment's counter tells it."""
-        if position == 0 or self.segments[position - 1].end_reason is not None:
-            return {}
-        before, after = self.segments[position - 1], self.segments[position]
-        if before.header["boot_id"] != after.header["boot_id"] or not before.header["boot_id"]:
-            return {}
-        limit_ns = round(before.header["flush_s"] * 1e9)
-        lost: dict[str, int] = {}
-        for uuid, line in after.lines.items():
-            old = before.lines.get(uuid)
-            if old is None or old.device["source"] != line.device["source"] or old.device["source"] not in COUNTERS:
-                continue
-            if old.track.last_raw_mj is None or line.first_raw_mj is None:
-                continue
-            delta_mj = line.first_raw_mj - old.track.last_raw_mj
-            gap_ns = line.times_ns[0] - old.track.last_ns
-            if delta_mj > 0:
-                lost[uuid] = delta_mj if gap_ns <= limit_ns else delta_mj * limit_ns // gap_ns
-        return lost
-
     def lost(self, position: int) -> list[Lost]:
-        """`unattributed_mj`, with the time it was used in."""
+        """What killed segments used after their last readings, as this segment's first readings tell it."""
+        after = self.segments[position]
         found = []
-        for uuid, energy_mj in self.unattributed_mj(position).items():
-            before, after = self.segments[position - 1], self.segments[position]
-            start_ns = before.lines[uuid].track.last_ns
-            length_ns = min(after.lines[uuid].times_ns[0] - start_ns, round(before.header["flush_s"] * 1e9))
-            found.append(Lost(uuid, start_ns, start_ns + length_ns, before.utc_offset_ns, energy_mj))
+        for uuid, line in after.lines.items():
+            killed = self._last_that_read(uuid, position)
+            if killed is None:
+                continue
+            before = self.segments[killed]
+            if before.end_reason is not None or not _same_counter(uuid, before, after):
+                continue
+            old = before.lines[uuid].track
+            if old.last_raw_mj is None or line.first_raw_mj is None:
+                continue
+            length_ns, limit_ns = line.times_ns[0] - old.last_ns, round(before.header["flush_s"] * 1e9)
+            energy_mj = line.first_raw_mj - old.last_raw_mj
+            if length_ns > limit_ns:
+                length_ns, energy_mj = limit_ns, energy_mj * limit_ns // length_ns
+            if energy_mj > 0:
+                end_ns = old.last_ns + length_ns
+                found.append(Lost(uuid, killed, old.last_ns, end_ns, before.utc_offset_ns, energy_mj))
         return found
+
+    def unattributed_mj(self, position: int) -> dict[str, int]:
+        """Millijoules of `lost`, per device."""
+        return {lost.uuid: lost.energy_mj for lost in self.lost(position)}
+
+    def _last_that_read(self, uuid: str, position: int) -> int | None:
+        """The last segment before this one with a reading of the device: one killed before its first has none."""
+        return next(
+            (p for p in range(position - 1, -1, -1) if (line := self.segments[p].lines.get(uuid)) and line.times_ns),
+            None,
+        )
 
     def lineage_end(self, position: int) -> int | None:
         """The last step of this segment that survives: its own last one, unless a later segment resumed before it."""
@@ -133,6 +137,13 @@ class FileFold:
     @property
     def has_reading(self) -> bool:
         return any(line.times_ns for segment in self.segments for line in segment.lines.values())
+
+
+def _same_counter(uuid: str, before: Segment, after: Segment) -> bool:
+    """Whether a device's readings in two segments are of one counter, which may have gone on in between."""
+    boots = {segment.header["boot_id"] for segment in (before, after)}
+    sources = {segment.lines[uuid].device["source"] for segment in (before, after)}
+    return len(boots) == len(sources) == 1 and "" not in boots and sources <= set(COUNTERS)
 
 
 def device_hours_of(segment: Segment) -> float:
@@ -160,11 +171,15 @@ class Fold:
     def devices_at_once(self) -> int:
         """The most devices the run held at one moment, all nodes together: those its device-hours count."""
         spans = [
-            (part.start_ns + part.utc_offset_ns, part.last_ns + part.utc_offset_ns, len(part.lines))
+            [(s.start_ns + s.utc_offset_ns, s.last_ns + s.utc_offset_ns, len(s.lines)) for s in file.segments]
             for file in self.files
-            for part in file.segments
         ]
-        return max(sum(held for start, end, held in spans if start <= moment <= end) for moment, _, _ in spans)
+        # segments of one file follow one another, whatever a stepped clock says: the larger counts, not both
+        return max(
+            sum(max((held for start, end, held in file if start <= moment <= end), default=0) for file in spans)
+            for moments in spans
+            for moment, _, _ in moments
+        )
 
     def at(self, segment: int, boottime_ns: int) -> tuple[float | None, float]:
         """(joules, device-hours) of the whole run up to a moment of a segment, both as the first ledger counts them.
@@ -338,10 +353,13 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
     for file in files:
         if file.torn_bytes:
             notes.append(f"{file.path}: {file.torn_bytes} bytes of a torn last line were left out")
+        told = {
+            p for later in range(len(file.segments)) for lost in file.lost(later) for p in range(lost.position, later)
+        }
         for position, segment in enumerate(file.segments):
-            lost = position and file.segments[position - 1].end_reason is None
-            if lost and is_measured(total.source) and not file.unattributed_mj(position):
-                notes.append(f"what segment {segment.index - 1} used after its last reading is not known")
+            followed = position + 1 < len(file.segments)
+            if followed and segment.end_reason is None and position not in told and is_measured(total.source):
+                notes.append(f"what segment {segment.index} used after its last reading is not known")
             if segment.header.get("second_reader"):
                 devices = ", ".join(segment.header["second_reader"])
                 notes.append(f"segment {segment.index}: another meter read {devices} at the same time")

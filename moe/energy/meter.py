@@ -332,8 +332,8 @@ class EnergyMeter:
                 node = {}  # on the first line of a round
         self._phases.cut()
         self._write_marks(records)
-        if boottime_ns() - self._synced_ns >= self._flush_s * 1e9:
-            self._sync()
+        if boottime_ns() - self._synced_ns > (self._flush_s - self._interval_s) * 1e9:
+            self._sync()  # at the next reading it would be too late
 
     def _write_marks(self, before: Sequence[tuple[str, int | None, dict[str, Any]]] = ()) -> None:
         """Write the marks that wait, behind the records `before`, in one go."""

@@ -170,13 +170,11 @@ def _claims(
             times.setdefault((boot, uuid), []).append(held)
     for identity, found in copies.items():
         for copy in found:
-            if not copy.position:
-                continue
-            earlier = _Copy(copy.run, copy.file, copy.position - 1)
-            before = earlier.segment
-            # where a copy goes less far than the version that counts, that one knows what came after
-            if before.last_ns == kept[earlier.identity].segment.last_ns:
-                for lost in copy.file.lost(copy.position):
+            for lost in copy.file.lost(copy.position):
+                killed = _Copy(copy.run, copy.file, lost.position)
+                before = killed.segment
+                # where a copy goes less far than the version that counts, that one knows what came after
+                if before.last_ns == kept[killed.identity].segment.last_ns:
                     line = before.lines[lost.uuid]
                     claim = _claim(kept[identity], line, lost.start_ns, lost.end_ns, lost.upto, {})
                     energies[before.header["boot_id"], lost.uuid].append(claim)

@@ -193,6 +193,44 @@ def test_what_a_kill_loses_is_unattributed_only_when_the_counter_tells(path, gap
     assert fold.total.energy_mj == 1_000_000 + expected_mj + 1_000
 
 
+@pytest.mark.parametrize("boot", ["boot-1", "boot-2"])
+def test_a_process_killed_before_its_first_reading_hides_nothing_of_the_one_before(path, boot):
+    """Killed at 10 s, again at 12 s with a segment line alone, gone on at 13 s: the same boot's joules are told."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.close()
+    Scribe(path, 12, resumed=3).close()
+    scribe = Scribe(path, 13, boot=boot)
+    scribe.read(13, 1_300_000)
+    scribe.read(20, 2_000_000)
+    scribe.end(20)
+    fold = fold_ledgers([path])
+    lost_j = [segment.unattributed_j for segment in fold.segments]
+    notes = [note for note in fold.notes if "is not known" in note]
+    if boot == "boot-1":
+        assert (fold.total.energy_mj, lost_j, notes) == (2_000_000, [0, 0, 300], [])
+        assert fold.at(2, 13 * S) == (1300.0, 10 / 3600)
+    else:
+        assert (fold.total.energy_mj, lost_j) == (1_700_000, [0, 0, 0])
+        assert notes == [f"what segment {number} used after its last reading is not known" for number in (0, 1)]
+    assert sum(phase.energy_mj for phase in fold.phases.values()) == fold.total.energy_mj
+
+
+def test_what_a_kill_lost_is_told_when_its_device_is_read_again(path):
+    """Killed on A, gone on for a while on B, then on A again: of fourteen seconds at 100 W, five are billed."""
+    for start_s, device, first_mj in ((0, A, 0), (12, B, 50_000_000), (24, A, 2_400_000)):
+        scribe = Scribe(path, start_s, devices=(device,))
+        scribe.read(start_s, first_mj, device)
+        scribe.read(start_s + 10, first_mj + 1_000_000, device)
+        if device == B:
+            scribe.end(start_s + 10)
+        scribe.close()
+    fold = fold_ledgers([path])
+    assert [segment.unattributed_j for segment in fold.segments] == [0, 0, 500]
+    assert fold.total.energy_mj == 3_500_000
+
+
 def test_a_reset_within_a_segment_is_a_hole_in_the_coverage(path):
     """The interval across the reset is left out; nothing negative, nothing guessed."""
     scribe = Scribe(path, 0)
@@ -298,6 +336,18 @@ def test_devices_a_run_moved_between_are_not_held_at_once(path, utc):
     scribe = Scribe(path, 520, devices=(B, "GPU-c"))
     scribe.end(530)
     assert fold_ledgers([path]).devices_at_once == 2
+
+
+def test_a_clock_set_back_between_two_segments_makes_one_device_not_two(path, utc):
+    """The second segment is dated inside the first: boottime orders them, and a device is not held twice."""
+    utc(1000)
+    write_node(path, 500, device=A, boot="boot-1")
+    utc(1005)
+    write_node(path, 520, device=A, boot="boot-1")
+    fold = fold_ledgers([path])
+    assert fold.devices_at_once == 1
+    assert (fold.total.energy_mj, fold.total.device_hours) == (2_000_000, 20 / 3600)
+    assert fold.at(1, 525 * S) == pytest.approx((1500, 15 / 3600))
 
 
 def test_a_node_that_restarts_more_often_is_priced_by_the_clock(tmp_path, path, utc):

@@ -1,12 +1,14 @@
 """The ledger file: its chain, its torn end, its lock, and a disk that is really full."""
 
 import errno
+import itertools
 import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,15 @@ def fill(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+@pytest.fixture
+def read_only(full_disk: Path) -> Path:
+    """A folder with a ledger in it, on a file system that can no longer be written."""
+    write_run(full_disk / "ledger.jsonl")
+    (full_disk / "ledger.jsonl.lock").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
+    return full_disk
 
 
 def test_every_line_has_the_contracts_fields_in_time_order(tmp_path):
@@ -110,6 +121,48 @@ def test_a_torn_last_line_is_cut_off_and_reported(tmp_path, capsys, tail):
     assert headers[1]["torn_bytes"] == len(tail)
 
 
+def test_a_power_cut_takes_at_most_one_flush_interval(tmp_path, monkeypatch):
+    """fsync comes no later than every flush_s, though readings do not divide it; what it kept is whole lines."""
+    path, flush_s = tmp_path / "ledger.jsonl", 1.0
+    kept: list[tuple[float, bytes]] = []
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (kept.append((time.monotonic(), path.read_bytes())), fsync(fd)))
+    with EnergyMeter(path, declared_power_w=100, interval_s=0.35, flush_s=flush_s):
+        time.sleep(3.2)
+    times = [at_s for at_s, _ in kept]
+    assert len(times) >= 4
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= flush_s
+    for _, lines in kept:
+        path.write_bytes(lines)
+        assert list(read_ledger(path, on_torn=pytest.fail))
+
+
+def test_a_stepped_clock_moves_dates_and_nothing_else(tmp_path, monkeypatch):
+    """The time of day falls back by an hour within a segment and by a day before the next: durations do not notice."""
+    path = tmp_path / "ledger.jsonl"
+    today, hours_back = datetime.now(UTC), iter([0, 0, *[1] * 1000])
+    monkeypatch.setattr(
+        "moe.energy.ledger.utc_now",
+        lambda: (today - timedelta(hours=next(hours_back))).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+    )
+    write_run(path)
+    hours_back = iter([24] * 1000)
+    write_run(path)
+    records = list(read_ledger(path))
+    assert len({record["utc"] for record in records}) == 3
+    fold = fold_ledgers([path])
+    read_ns = sum(
+        times[-1] - times[0]
+        for segment in (0, 1)
+        if (times := [r["boottime_ns"] for r in records if r["kind"] == "reading" and r["segment"] == segment])
+    )
+    assert fold.total.energy_j == pytest.approx(100 * read_ns / 1e9, abs=0.01)
+    assert fold.total.coverage > 0.9
+    assert fold.devices_at_once == 1
+    last = records[-1]["boottime_ns"]
+    assert fold.at(1, last) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
+
+
 def test_one_ledger_has_one_writer(tmp_path):
     """A second meter, in this process or another, is refused in one sentence; the lock dies with its holder."""
     path = tmp_path / "ledger.jsonl"
@@ -170,6 +223,20 @@ def test_an_unwritable_place_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LedgerError, match="cannot be made"):
         EnergyMeter(tmp_path / "file" / "ledger.jsonl", declared_power_w=1).start()
+
+
+def test_a_folder_that_became_read_only_is_refused_by_name_and_still_read(read_only):
+    """An older run on a disk that may not be written: no second segment begins, and its cost can be asked for."""
+    path = read_only / "ledger.jsonl"
+    before = path.read_bytes()
+    with pytest.raises(
+        LedgerError, match=r"ledger\.jsonl cannot be locked \(Read-only file system\): choose a writable"
+    ):
+        EnergyMeter(path, declared_power_w=1).start()
+    with pytest.raises(LedgerError, match=r"folder of ledger .* cannot be made \(Read-only file system\)"):
+        EnergyMeter(read_only / "new" / "ledger.jsonl", declared_power_w=1).start()
+    assert path.read_bytes() == before
+    assert fold_ledgers([path]).total.energy_j > 0
 
 
 def test_a_writer_without_a_path_only_counts():

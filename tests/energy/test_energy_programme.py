@@ -114,6 +114,18 @@ def test_a_killed_run_and_what_its_restart_did_again(tmp_path):
     assert programme.measured.energy_mj == fold_ledgers([tmp_path / "a/ledger.jsonl"]).total.energy_mj == 6_000_000
 
 
+def test_what_a_kill_lost_counts_though_the_next_process_read_nothing(tmp_path):
+    """Killed at 6 s, once more as soon as its segment line was written, gone on at 8 s: one second's joules, once."""
+    ledger = tmp_path / "a/ledger.jsonl"
+    Segment(ledger, 0).train(6).die()
+    Segment(ledger, 7, pid=2, resumed=6).die()
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    Segment(ledger, 8, pid=3, resumed=6).train(4).end()
+    programme = total(tmp_path / "a")
+    assert energies_without_time(programme) == {"training": 4_500_000, "data": 500_000, "unattributed": 1_000_000}
+    assert programme.measured.energy_mj == fold_ledgers([ledger]).total.energy_mj
+
+
 def energies_without_time(programme: Programme) -> dict[str, int]:
     return {name: spent.energy_mj for name, spent in programme.measured.by_purpose.items() if spent.energy_mj}
 
