@@ -11,8 +11,9 @@ from moe.cli.doctor import doctor
 from moe.cli.energy_card import card
 from moe.cli.energy_node import node
 from moe.cli.energy_prometheus import prometheus
-from moe.cli.energy_report import joules, report
+from moe.cli.energy_report import report
 from moe.cli.energy_total import total
+from moe.cli.footprint_page import joules
 
 __all__ = ["app"]
 
