@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from moe.cli.ledgers import ledgers_of
 if TYPE_CHECKING:
     from moe.energy import Fold
     from moe.energy.footprint import Footprint, Stated
+    from moe.energy.node import NodeReconciliation
 
 __all__ = ["report"]
 
@@ -21,6 +23,15 @@ __all__ = ["report"]
 @footprint_options()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a ledger file.")],
+    node: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|kept",
+            help="Readings of the nodes as in `moe energy node`, or those the meter kept: the footprint is then "
+            "that of the nodes. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
     *,
     said: "Stated",
@@ -30,19 +41,31 @@ def report(
     Computed from the ledger, as often as you like. docs/footprint.md has the formulas and every shipped factor.
     """
     from moe.energy import fold_ledgers
-    from moe.energy.footprint import footprint_of
+    from moe.energy.footprint import Basis, footprint_of
 
     fold = fold_ledgers(ledgers_of(run))
-    footprint = footprint_of(fold, said)
+    basis, nodes = Basis.of_run(fold), _nodes_of(fold, node) if node else None
+    footprint = footprint_of(basis if nodes is None else basis.on_nodes(nodes), said)
+    notes = [*fold.notes, *(nodes.notes if nodes else ()), *footprint.notes]
     if as_json:
-        print(json.dumps(fold.to_json(footprint.to_json()), indent=2, allow_nan=False))
-        for note in [*fold.notes, *footprint.notes]:
+        printed = fold.to_json(footprint.to_json()) | ({} if nodes is None else {"node": nodes.to_json()})
+        print(json.dumps(printed, indent=2, allow_nan=False))
+        for note in notes:
             print(note, file=sys.stderr)
         return
-    _print_report(fold, footprint)
+    _print_report(fold, nodes, footprint, notes)
 
 
-def _print_report(fold: "Fold", footprint: "Footprint") -> None:
+def _nodes_of(fold: "Fold", words: list[str]) -> "NodeReconciliation":
+    from moe.energy.node import node_readings, read_node_file, reconcile
+
+    given = (node_readings(fold) if word == "kept" else read_node_file(Path(word)) for word in words)
+    return reconcile(fold, [series for one in given for series in one])
+
+
+def _print_report(
+    fold: "Fold", nodes: "NodeReconciliation | None", footprint: "Footprint", notes: Sequence[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -54,6 +77,10 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     for name, part in parts:
         numbers = (joules(part.energy_j), joules(part.band_j), part.source, part.scope, f"{part.coverage:.1%}")
         table.add_row(*row(name, *numbers))
+    if nodes is not None:
+        numbers = (joules(nodes.node_j), joules(nodes.band_j), nodes.source, "node", f"{nodes.coverage:.1%}")
+        table.add_row(*row(f"nodes {', '.join(nodes.hosts)}, their devices inside", *numbers))
+        table.add_row(*row("devices over that time", joules(nodes.device_j), "", "", fold.total.scope, ""))
     console.print(table)
     phases = Table("phase", "energy", "time")
     for name, phase in fold.phases.items():
@@ -63,5 +90,5 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
     console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
     print_footprint(console, footprint)
-    for line in row("", *fold.notes, *footprint.notes):
+    for line in row("", *notes):
         console.print(line)

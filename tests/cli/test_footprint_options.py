@@ -16,7 +16,7 @@ def test_each_fact_a_user_can_state_has_an_option(command):
     """A field of `Stated` that no option of these commands fills, or an option too many, fails here."""
     options = {parameter.name for parameter in typer.main.get_command(app).commands[command].params}
     assert {field.name for field in fields(Stated)} <= options
-    assert options - {field.name for field in fields(Stated)} <= {"run", "paths", "as_json"}
+    assert options - {field.name for field in fields(Stated)} <= {"run", "paths", "as_json", "node"}
 
 
 def test_what_is_given_arrives_as_one_object_of_facts():
