@@ -2,6 +2,7 @@
 
 import os
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,22 @@ from moe.cli.doctor import doctor
 from moe.cli.energy_card import card
 from moe.cli.energy_node import node
 from moe.cli.energy_prometheus import prometheus
-from moe.cli.energy_report import joules, report
+from moe.cli.energy_report import report
 from moe.cli.energy_total import total
+from moe.cli.footprint_page import joules
 
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Purpose(StrEnum):
+    """What a metered program is for."""
+
+    TRAINING = "training"
+    DATA = "data"
+    EVALUATION = "evaluation"
+    OTHER = "other"
 
 
 @app.callback()
@@ -41,16 +52,23 @@ def run(
         str | None,
         typer.Option(help="GPUs as in CUDA_VISIBLE_DEVICES, or `host`; by default those visible.", show_default=False),
     ] = None,
+    purpose: Annotated[
+        Purpose | None,
+        typer.Option(
+            help="What `moe energy total` counts it as; by default data for `moe data prepare`, else other.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a program with the meter on; its exit code comes back, its signals go through.
 
     The ledger is written to energy-runs/TIME-PID unless --out says otherwise. The program finds its path in MOE_LEDGER.
     """
-    from moe.energy.supervise import run_metered, sources_for
+    from moe.energy.supervise import purpose_of, run_metered, sources_for
 
     folder = out or Path("energy-runs") / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}"
     ledger = folder / "ledger.jsonl"
-    code = run_metered(command, ledger, sources_for(devices, power))
+    code = run_metered(command, ledger, sources_for(devices, power), purpose or purpose_of(command))
     _print_summary(ledger)
     raise typer.Exit(code)
 

@@ -4,12 +4,15 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe.cli.footprint_options import Cooling, Grid, Lifetime, Market, Pue, Utilisation, Wue
+from moe.cli.footprint_options import footprint_options
 from moe.cli.ledgers import ledgers_of
+
+if TYPE_CHECKING:
+    from moe.energy.footprint import Stated
 
 __all__ = ["card"]
 
@@ -23,6 +26,7 @@ class Form(StrEnum):
     GPAI = "gpai"
 
 
+@footprint_options(without=("price", "price_kwh", "plain"))
 def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a ledger file.")],
     form: Annotated[
@@ -34,13 +38,8 @@ def card(
             metavar="PLACE", help="Where it ran, in words; by default the place --grid names.", show_default=False
         ),
     ] = None,
-    pue: Pue = None,
-    cooling: Cooling = None,
-    grid: Grid = None,
-    market: Market = None,
-    wue: Wue = None,
-    lifetime: Lifetime = None,
-    utilisation: Utilisation = None,
+    *,
+    said: "Stated",
 ) -> None:
     """Print what a run cost for publication: each number with band, scope, source and method.
 
@@ -48,18 +47,9 @@ def card(
     """
     from moe.disclosure import boamps, facts_of, front_matter, gpai, markdown
     from moe.energy import fold_ledgers
-    from moe.energy.footprint import Stated, footprint_of
+    from moe.energy.footprint import footprint_of
 
     fold = fold_ledgers(ledgers_of(run))
-    said = Stated(
-        pue=pue,
-        cooling=cooling,
-        grid=grid,
-        market=market,
-        wue=tuple(wue or ()),
-        lifetime=lifetime,
-        utilisation=utilisation,
-    )
     facts = facts_of(run, fold, footprint_of(fold, said), location)
     if form in (Form.HF, Form.MARKDOWN):
         print((front_matter(facts) + "\n" if form is Form.HF else "") + markdown(facts), end="")

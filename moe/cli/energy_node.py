@@ -28,15 +28,12 @@ def node(
     """Compare a run's devices with the nodes they are in, over the time both are known for; the two are never added."""
     from moe.energy import fold_ledgers
     from moe.energy.node import node_readings, read_node_file, reconcile
-    from moe.errors import ConfigError
 
     fold = fold_ledgers(ledgers_of(run))
     series = [one for file in files for one in read_node_file(file)] if files else node_readings(fold)
-    if not series:
-        raise ConfigError(f"{run} holds no readings of its node: give a file of them")
     result = reconcile(fold, series)
     if as_json:
-        print(json.dumps(vars(result), indent=2, allow_nan=False))
+        print(json.dumps(result.to_json(), indent=2, allow_nan=False))
         return
     share = "" if result.unseen_share is None else f" ({result.unseen_share:.1%} of the node)"
     print(printable(f"{result.source}, {result.elapsed_s:,.0f} s metered, node known for {result.coverage:.1%}"))

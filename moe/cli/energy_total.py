@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moe.cli.energy_report import joules, print_footprint, row
-from moe.cli.footprint_options import (
-    Cooling,
-    Grid,
-    Lifetime,
-    Market,
-    Plain,
-    Price,
-    PriceKwh,
-    Pue,
-    Utilisation,
-    Wue,
-)
+from moe.cli.footprint_options import footprint_options
+from moe.cli.footprint_page import joules, print_footprint, row
 from moe.errors import CompareError, ConfigError
 
 if TYPE_CHECKING:
-    from moe.energy.footprint import Footprint
+    from moe.energy.footprint import Footprint, Stated
     from moe.energy.programme import RunLedgers
     from moe.energy.spending import Half, Programme
 
@@ -34,45 +23,26 @@ __all__ = ["total"]
 _LEDGER = re.compile(r"ledger(\.node\d+)?\.jsonl")
 
 
+@footprint_options()
 def total(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="Run directories, folders of them, or ledger files.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the totals as JSON and nothing else.")] = False,
-    pue: Pue = None,
-    cooling: Cooling = None,
-    grid: Grid = None,
-    market: Market = None,
-    wue: Wue = None,
-    price: Price = None,
-    price_kwh: PriceKwh = None,
-    lifetime: Lifetime = None,
-    utilisation: Utilisation = None,
-    plain: Plain = False,
+    *,
+    said: "Stated",
 ) -> None:
     """Say what a programme of runs cost: sweeps, failures, restarts, branches, metered commands; nothing twice.
 
     By purpose and by day (UTC). What was measured and what is an estimate are two totals, never added. A ledger that
     cannot be read is named, the others are summed, and the exit code is 2.
     """
-    from moe.energy.footprint import Stated, footprint_of
+    from moe.energy.footprint import footprint_of
     from moe.energy.programme import fold_programme
 
     found, given_twice = find_runs(paths)
     programme = fold_programme(found)
     programme.recognised[:0] = given_twice
-    said = Stated(
-        pue=pue,
-        cooling=cooling,
-        grid=grid,
-        market=market,
-        wue=tuple(wue or ()),
-        price=price,
-        price_kwh=price_kwh,
-        lifetime=lifetime,
-        utilisation=utilisation,
-        plain=plain,
-    )
     halves = {name: half for name, half in programme.halves.items() if half.basis.device_hours}
     footprints = {name: footprint_of(half.basis, said) for name, half in halves.items()}
     if as_json:

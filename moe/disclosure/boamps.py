@@ -40,6 +40,7 @@ def boamps(facts: Facts) -> tuple[dict[str, Any], list[str]]:
     missing = ["header.reportDatetime", "task.taskFamily", "infrastructure.infraType"]
     missing += [] if facts.recipe else ["task.taskStage", "task.algorithms", "task.dataset"]
     missing += [] if facts.location else ["environment.country"]
+    missing += [] if facts.hardware else ["infrastructure.components"]
     if facts.energy is None:
         missing.append("measures")
     else:
@@ -92,12 +93,14 @@ def _environment(facts: Facts) -> dict[str, Any]:
 
 def _tracking(facts: Facts, scope: str) -> str | None:
     """How devices of a scope were read, in the format's own words; None when none was."""
-    sources = {device.source for device in facts.fold.devices if device.scope == scope}
-    if not sources:
+    devices = [device for device in facts.fold.devices if device.scope == scope]
+    if not devices:
         return None
-    if not all(map(is_measured, sources)):
+    if not all(is_measured(device.source) for device in devices):
         return "constant"
-    return "nvml" if scope == "gpu" else "+".join(sorted(sources))
+    if scope == "gpu":
+        return "+".join(sorted({"amdsmi" if device.uuid.startswith("AMD-") else "nvml" for device in devices}))
+    return "+".join(sorted({device.source for device in devices}))
 
 
 def _told(value: Any) -> Any:

@@ -10,15 +10,23 @@ from dataclasses import dataclass
 
 from moe.energy.clock import boottime_ns
 
-__all__ = ["LOST", "PURPOSE_OF", "STARTUP", "STEP_PHASES", "Mark", "PhaseClock"]
+__all__ = ["LOST", "PHASE_FOR", "PURPOSE_OF", "STARTUP", "STEP_PHASES", "Mark", "PhaseClock"]
 
 STARTUP = "startup"  # from the start of the process to the start of the meter
 STEP_PHASES = frozenset({"data", "forward_backward", "optimizer"})  # the time of optimizer steps
 LOST = "lost_to_restarts"  # what steps are for that a later segment did again
+PHASE_FOR = {  # what a program metered from outside is for -> the phase it is
+    "training": "training",
+    "data": "data_preparation",
+    "evaluation": "evaluation",
+    "other": "command",
+}
 PURPOSE_OF = {  # phase -> what it is for, in a programme of runs; whatever else a program calls a phase is its own
     "forward_backward": "training",
     "optimizer": "training",
+    "training": "training",
     "data": "data",
+    "data_preparation": "data",
     "evaluation": "evaluation",
     "checkpoint": "checkpoints",
     "idle": "startup_and_idle",

@@ -1,8 +1,8 @@
 """The totals of a programme, summed from claims: by purpose, scope, day and run, measured and estimated apart.
 
 Purposes: `training` and `data` are steps that survive in some lineage, `lost_to_restarts` those that a restart did
-again; `evaluation`, `checkpoints`, `startup_and_idle` (no phase named); `other_programs` (metered from outside, or
-phases of their own); `unattributed`.
+again; `evaluation`, `checkpoints`, `startup_and_idle` (no phase named); `other_programs` (metered from outside with no
+purpose stated, or phases of their own); `unattributed`.
 """
 
 from collections.abc import Sequence

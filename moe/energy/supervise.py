@@ -11,10 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 from moe.energy.meter import METERED_BY, EnergyMeter
+from moe.energy.phases import PHASE_FOR
 from moe.energy.sources import Source, gpu_sources, select_sources, visible_gpus
 from moe.errors import ConfigError
 
-__all__ = ["HOST", "run_metered", "sources_for"]
+__all__ = ["HOST", "purpose_of", "run_metered", "sources_for"]
 
 HOST = "host"  # as a device selection: this host's processors, whatever GPUs there are
 
@@ -44,8 +45,17 @@ def sources_for(selection: str | None, power_w: float | None) -> list[Source]:
     return select_sources([gpu.uuid for gpu in gpus], power_w)
 
 
-def run_metered(command: Sequence[str], ledger: Path, sources: Sequence[Source]) -> int:
+def purpose_of(command: Sequence[str]) -> str:
+    """What a program is for, one of `PHASE_FOR`: `moe data prepare`, however it is launched, is for data."""
+    words = [Path(word).name for word in command]
+    own = (words[i + 1 : i + 3] for i, word in enumerate(words) if word in ("moe", "moe.cli"))
+    return "data" if ["data", "prepare"] in own else "other"
+
+
+def run_metered(command: Sequence[str], ledger: Path, sources: Sequence[Source], purpose: str = "other") -> int:
     """Run `command` to its end and meter it into `ledger`. Returns its exit code, 128 + N when signal N ended it.
+
+    `purpose` is one of `PHASE_FOR`: what `moe energy total` counts it as.
 
     SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 are passed on. What the terminal sends to a whole foreground
     job (Ctrl-C) has reached the program already and is not sent twice. Raises ConfigError when there is no such
@@ -65,7 +75,7 @@ def run_metered(command: Sequence[str], ledger: Path, sources: Sequence[Source])
     before = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
     try:
         with EnergyMeter(ledger, sources=sources) as meter:
-            meter.phase("command")
+            meter.phase(PHASE_FOR[purpose])
             try:
                 child = subprocess.Popen(command, env={**os.environ, METERED_BY: str(ledger.resolve())})
             except OSError as error:

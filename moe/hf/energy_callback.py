@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from moe.energy import EnergyMeter, Source
-from moe.energy.sources import EstimateSource
+from moe.energy.sources import EstimateSource, uuid_of
 from moe.errors import SensorError
 
 __all__ = ["EnergyCallback"]
@@ -114,5 +114,6 @@ class EnergyCallback(TrainerCallback):
 
 
 def _gpu_uuids(count: int) -> list[str]:
-    """NVML's names of this process's first `count` GPUs, which are those of the ranks of its node."""
-    return [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in range(count)]
+    """The meter's names of this process's first `count` GPUs, which are those of the ranks of its node."""
+    hip = torch.version.hip is not None
+    return [uuid_of(torch.cuda.get_device_properties(number), hip=hip) for number in range(count)]

@@ -3,8 +3,8 @@
     norm = sqrt(sum over all entries g of g^2)             in fp64
     g <- g * min(1, max_norm / (norm + 1e-6))              as torch.nn.utils.clip_grad_norm_
 
-In fp32, torch's sum of 36 million squares on a CPU is off by 6e-5, and by another amount for every way to cut the
-gradient up. In fp64 every engine finds the same norm, so all of them scale, and train, alike.
+In fp32 a sum of millions of squares is off by another amount for every way to cut the gradient up. In fp64 every engine
+finds the same norm, so all of them scale, and train, alike.
 """
 
 from collections.abc import Sequence

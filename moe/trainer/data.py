@@ -1,9 +1,12 @@
 """A run's data: the first rank puts the tokenizer into the run directory, every rank reads it there and loads alike."""
 
 import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moe.config import Recipe
 from moe.data import DataFacts, Sampling, TrainingData, WithinVocabulary, load_data, make_tokenizer, open_sources
+from moe.data.tokenizer import copy_tokenizer
 from moe.errors import ConfigError
 from moe.parallel import ranks
 from moe.rundir import RunDir, write_json
@@ -47,7 +50,11 @@ def _checked(own: TrainingData, recipe: Recipe) -> TrainingData:
 def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
     sources, vocab_size = open_sources(recipe.data), recipe.model.vocab_size
     if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        interruptible(lambda: make_tokenizer(sources, recipe.data, vocab_size, run.tokenizer))
+        # a thread that is left to itself must not write into a run directory that somebody else may hold by then
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            made = Path(folder, run.tokenizer.name)
+            interruptible(lambda: make_tokenizer(sources, recipe.data, vocab_size, made))
+            copy_tokenizer(made, None, run.tokenizer)
     ranks.barrier()
     return interruptible(
         lambda: load_data(sources, recipe.data, run.tokenizer, vocab_size, sampling, verify=ranks.is_first())

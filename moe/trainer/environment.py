@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe.energy.sources import uuid_of
 from moe.parallel import ranks
 from moe.trainer.hooks import Hooks
 
@@ -39,8 +40,10 @@ def describe(device: torch.device, device_uuids: list[str], hooks: Hooks) -> dic
 
 
 def device_uuid(device: torch.device) -> str:
-    """NVML's name of a CUDA device, "GPU-…"; empty for a processor."""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+    """The meter's name of a CUDA device, "GPU-…" or "AMD-…"; empty for a processor."""
+    if device.type != "cuda":
+        return ""
+    return uuid_of(torch.cuda.get_device_properties(device), hip=torch.version.hip is not None)
 
 
 def _version(package: str) -> str | None:

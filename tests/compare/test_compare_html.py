@@ -64,7 +64,7 @@ def browse(tmp_path):
     """Opens a page in headless Chromium and returns the document after its scripts ran."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("chromium is not installed: the page is not opened in a browser")
+        pytest.skip("runs on a machine with chromium (apt-get install chromium), which opens the page")
 
     def open_page(page):
         command = [

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,64 @@ def test_a_long_window_is_decompressed(tmp_path: Path) -> None:
     file.write_bytes(writer.compress(rows.encode()) + writer.flush())
     train, validation = splits(opened(file))
     assert sorted(train + validation) == sorted(TEXTS)
+
+
+READ_WITHIN = """
+import resource, sys
+from moe.config import DataConfig
+from moe.data.sources import open_source
+from moe.errors import DataError
+import zstandard
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]) * 2**20,) * 2)
+try:
+    print(sum(len(text) for text in open_source(sys.argv[1], DataConfig()).documents("train")))
+except DataError as error:
+    print(error)
+"""
+
+
+def read_within(mebibytes: int, file: Path) -> str:
+    """What reading the documents says, in a process that may take so much more memory than it has when it begins."""
+    command = [sys.executable, "-c", READ_WITHIN, str(file), str(mebibytes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout.strip()
+
+
+def packed(pieces: Iterable[bytes]) -> bytes:
+    """One zstandard frame, made piece by piece."""
+    import zstandard
+
+    writer = zstandard.ZstdCompressor().compressobj()
+    return b"".join(writer.compress(piece) for piece in pieces) + writer.flush()
+
+
+def test_a_frame_that_unpacks_to_far_more_than_memory_is_read_piece_by_piece(tmp_path: Path) -> None:
+    """400 MB of rows from a file of some kilobytes, within 150 MiB: the documents are all there."""
+    row = json.dumps({"text": "a" * 10**6}).encode() + b"\n"
+    file = tmp_path / "rows.jsonl.zst"
+    file.write_bytes(packed(row for _ in range(400)))
+    assert file.stat().st_size < 200_000
+    assert read_within(150, file) == str(380 * 10**6)  # a twentieth is for validation
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rows.jsonl.zst", "line 1 is longer than 256 MiB; cut its text into several rows"),
+        (
+            "text.zst",
+            "holds more than 256 MiB of text, and a file is one document; decompress it, or cut it into several",
+        ),
+    ],
+)
+def test_a_bomb_is_one_sentence(tmp_path: Path, name: str, words: str) -> None:
+    """1.77 GB of zeros without a line end, from 54 KB, within 1 GiB: the document is too long."""
+    file = tmp_path / name
+    file.write_bytes(packed(bytes(1 << 20) for _ in range(1700)))
+    assert file.stat().st_size < 100_000
+    assert read_within(1024, file) == f"data.source: {file} {words}"
 
 
 def test_a_folder_counts_rows_over_its_files(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ RECIPE = Recipe(
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def write_ledger(path: Path, *, source: str = "counter", name: str = H100) -> None:
+def write_ledger(path: Path, *, source: str = "counter", name: str = H100, maker: str = "GPU") -> None:
     """Two devices, 10 kWh each at an even rate over four hours from midnight on; 1e9 tokens; a band of 5 %."""
     writer = LedgerWriter(path)
 
@@ -36,7 +36,7 @@ def write_ledger(path: Path, *, source: str = "counter", name: str = H100) -> No
     devices = [
         {"uuid": uuid, "name": name, "kind": "gpu", "source": source, "scope": "gpu", "band": 0.05, "tick_s": 0.0}
         | {"p_max_w": 700.0, "note": None}
-        for uuid in ("GPU-a", "GPU-b")
+        for uuid in (f"{maker}-a", f"{maker}-b")
     ]
     header = {"boot_id": "boot", "host": "node", "pid": 1, "interval_s": 1.0, "flush_s": 5.0, "devices": devices}
     add("segment", 0, started_boottime_ns=0, resumed_step=0, resumed_tokens=0, **header)
@@ -164,6 +164,61 @@ def test_boamps(card):
     }
     said = "not known, to be completed by hand: header.reportDatetime, infrastructure.infraType, task.taskFamily\n"
     assert done.stderr == said
+
+
+# of each object in BoAmps' schemas: what it must have, and what else it may; a list's items stand for it
+BOAMPS = {
+    "": ("task measures infrastructure", "header system software environment quality"),
+    "header": ("reportDatetime", "formatVersionSpecificationUri reportStatus"),
+    "task": ("taskStage taskFamily algorithms dataset", ""),
+    "task.algorithms": (
+        "",
+        "trainingType algorithmType algorithmName parametersNumber framework frameworkVersion layersNumber "
+        "quantization",
+    ),
+    "task.dataset": ("dataUsage dataType", "dataQuantity"),
+    "measures": (
+        "measurementMethod powerConsumption",
+        "cpuTrackingMode gpuTrackingMode measurementDuration measurementDateTime",
+    ),
+    "system": ("os", ""),
+    "software": ("language", "version"),
+    "infrastructure": ("infraType components", ""),
+    "infrastructure.components": ("componentType nbComponent", "componentName"),
+    "environment": ("country", "powerSourceCarbonIntensity"),
+}
+
+
+def unfit(report: dict, missing: set[str], place: str = "") -> list[str]:
+    """Where a report has a field that the schemas do not know, or lacks one that they require and nobody told of."""
+    must, may = (set(names.split()) for names in BOAMPS[place])
+    path = f"{place}." if place else ""
+    faults = [f"{path}{name}" for name in (report.keys() - must - may) | (must - report.keys())]
+    faults = [fault for fault in faults if fault not in missing]
+    for name, value in report.items():
+        if path + name in BOAMPS:
+            for part in value if isinstance(value, list) else [value]:
+                faults += unfit(part, missing, path + name)
+    return faults
+
+
+@pytest.mark.parametrize("known", ["all", "ledger alone"])
+def test_boamps_schemas_are_kept(card, mine, known):
+    """No field is of our own making, and each required one is there or told to be missing."""
+    if known == "ledger alone":
+        for name in ("config.json", "environment.json"):
+            (mine / name).unlink()
+    done = card("mine", "--format", "boamps", *(("--grid", "FRA") if known == "all" else ()))
+    assert done.returncode == 0, done.stderr
+    missing = set(done.stderr.strip().partition(": ")[2].split(", "))
+    # an object that is left out altogether requires nothing
+    assert unfit(json.loads(done.stdout), missing | {"task"}) == []
+
+
+def test_boamps_names_the_library_that_read_the_gpus(card, mine):
+    (mine / "ledger.jsonl").unlink()
+    write_ledger(mine / "ledger.jsonl", maker="AMD")
+    assert json.loads(card("mine", "--format", "boamps").stdout)["measures"][0]["gpuTrackingMode"] == "amdsmi"
 
 
 def test_the_eu_form(card):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from moe.energy import fold_ledgers
+
 FIRST, SECOND = (f"AMD-{n}aff74a1-0000-1000-80e8-000000000000" for n in range(2))
 READ = f"""
     import time
@@ -42,6 +44,8 @@ def test_a_guest_without_counter_is_integrated_and_one_that_tells_nothing_is_est
         ({"HIP_VISIBLE_DEVICES": "1"}, [SECOND]),
         ({"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, [SECOND]),
         ({"ROCR_VISIBLE_DEVICES": "5,0"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, [SECOND]),
+        ({"HIP_VISIBLE_DEVICES": "0", "CUDA_VISIBLE_DEVICES": "1"}, [FIRST]),
     ],
 )
 def test_visible_gpus_are_amds_where_there_is_no_nvml(amd, env, expected):
@@ -79,3 +83,50 @@ def test_what_the_library_does_not_tell_is_one_sentence_or_left_out(amd):
     assert amd.run(code, AMDSMI_NO_UUID="0") == f"{[SECOND]}\n"
     code = f"from moe.energy import select_sources; print(select_sources([{FIRST!r}])[0].devices[0].name)"
     assert amd.run(code, AMDSMI_NAMELESS="1") == "AMD GPU\n"
+
+
+@pytest.fixture
+def placed(amd, tmp_path):
+    """The node whose GPUs tell PCI addresses, as amdsmi writes them."""
+    with (tmp_path / "amdsmi.py").open("a") as file:
+        file.write("def amdsmi_get_gpu_device_bdf(handle):\n    return f'0000:0{handle}:0A.0'\n")
+    return amd
+
+
+def test_what_torch_calls_a_gpu_is_found_by_its_pci_address(placed):
+    """HIP's own UUID is another than amdsmi's; one that amdsmi does not list keeps it, and cannot be opened."""
+    code = """
+        from types import SimpleNamespace
+        from moe.energy.sources import uuid_of
+        for bus in (1, 7):
+            found = SimpleNamespace(uuid="x", pci_domain_id=0, pci_bus_id=bus, pci_device_id=10)
+            print(uuid_of(found, hip=True), uuid_of(found, hip=False))
+    """
+    assert placed.run(code).splitlines() == [f"{SECOND} GPU-x", "AMD-x GPU-x"]
+
+
+def test_a_training_on_amd_gpus_is_metered_by_their_counter(placed, tmp_path):
+    """The trainer's meter of a rank on the second GPU, from torch's properties of it to the ledger."""
+    code = f"""
+        import time, torch
+        from pathlib import Path
+        from types import SimpleNamespace
+        from moe.config import EnergyConfig
+        from moe.rundir import RunDir
+        from moe.trainer import metering
+        from moe.trainer.start import Start
+        torch.version.hip = "7.0"
+        properties = SimpleNamespace(uuid="x", pci_domain_id=0, pci_bus_id=1, pci_device_id=10)
+        torch.cuda.get_device_properties = lambda device: properties
+        recipe, engine = SimpleNamespace(energy=EnergyConfig()), SimpleNamespace(device=torch.device("cuda", 0))
+        run = RunDir.named("x", Path({str(tmp_path)!r}))
+        run.create()
+        meter = metering.TrainingMeter(recipe, run, engine, Start(trained=False))
+        time.sleep(1)
+        meter.stop()
+    """
+    placed.run(code)
+    fold = fold_ledgers([tmp_path / "x/ledger.jsonl"])
+    (device,) = fold.devices
+    assert (device.uuid, device.name, device.source) == (SECOND, "AMD Instinct MI300X", "counter")
+    assert fold.total.energy_j / fold.phases["idle"].elapsed_s == pytest.approx(300, rel=0.2)

@@ -174,7 +174,9 @@ def test_a_bare_host(node, doctor):
 def test_root_only_rapl_names_the_reason_and_the_command(node, sys_root):
     """As nobody: the CVE, and chmod on the tree that was looked at."""
     if os.getuid() != 0:
-        pytest.skip("needs root, to become a user who may not read the counter")
+        pytest.skip(
+            "runs where the tests are root's, as in a container: they become a user who may not read the counter"
+        )
     rapl(sys_root, mode=0o400)
     node.env["LD_LIBRARY_PATH"] = "/nonexistent"
     for folder in [sys_root, *sys_root.parents]:

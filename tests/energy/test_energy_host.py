@@ -116,7 +116,7 @@ def test_the_widest_sensor_is_taken(sys_root, grace):
 def test_a_sysfs_nobody_may_look_into_is_a_host_without_sensors(sys_root):
     """As in a container that hides /sys/class from its user."""
     if os.getuid() != 0:
-        pytest.skip("needs root, to become a user who may not look")
+        pytest.skip("runs where the tests are root's, as in a container: they become a user who may not look")
     meter(sys_root, 0, "Grace Power Socket 0", 200)
     sys_root.chmod(0o700)
     code = f"""

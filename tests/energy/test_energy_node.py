@@ -290,3 +290,49 @@ def test_the_command_prints_both_sums_and_what_no_device_saw(tmp_path, run):
         2,
         "moe: ledger.jsonl holds no readings of its node: give a file of them\n",
     )
+
+
+def test_a_report_on_the_node_makes_its_footprint_of_the_nodes_energy_alone(tmp_path, run):
+    """1000 W of node over 100 s at 360 g/kWh: 10 g. The 80 kJ of GPUs stand beside, and are nowhere added."""
+    write(tmp_path, csv_of(1000, range(0, 110, 10)), "pdu.csv")
+    hours = "".join(f"{at(s)},{g}\n" for s, g in ((-3550, 200), (50, 600), (3650, 600)))  # changes in the middle
+    write(tmp_path, "utc,g_per_kwh\n" + hours, "hours.csv")
+
+    def report(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moe.cli", "energy", "report", "ledger.jsonl", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    told = json.loads(report("--node", "pdu.csv", "--grid", "360", "--price", "2", "--json").stdout)
+    numbers = told["footprint"]["numbers"]
+    assert (told["total"]["energy_j"], told["total"]["scope"]) == (80_000, "gpu")
+    assert (told["node"]["node_j"], told["node"]["device_j"]) == pytest.approx((100_000, 80_000))
+    assert (numbers["energy_it"]["scope"], numbers["energy_it"]["source"]) == ("node", "node:csv")
+    assert [numbers["carbon_location"][end] for end in ("low", "value", "high")] == pytest.approx([9.5, 10, 10.5])
+    assert numbers["cost_devices"]["value"] == pytest.approx(2 * told["total"]["device_hours"])
+    joined = json.loads(report("--node", "pdu.csv", "--grid", "hours.csv", "--json").stdout)["footprint"]
+    assert joined["numbers"]["carbon_location"]["value"] == pytest.approx(400 / 36)
+    text = report("--node", "pdu.csv", "--grid", "360").stdout
+    assert "footprint, node" in text
+    assert "footprint, gpu" not in text
+    assert "devices over that time" in text
+    done = report("--node", "kept")
+    assert done.stderr == "moe: ledger.jsonl holds no readings of its node: give a file of them\n"
+
+
+def test_a_node_without_readings_is_named_and_lowers_the_coverage(tmp_path, clock):
+    """Two nodes, readings of one: half of the metered time is known, and its sums are of that node alone."""
+    clock.segment(tmp_path / "ledger.jsonl", "a", 0, {"G0": 300})
+    clock.segment(tmp_path / "ledger.node1.jsonl", "b", 0, {"G1": 300})
+    fold = fold_ledgers([tmp_path / "ledger.jsonl", tmp_path / "ledger.node1.jsonl"])
+    rows = "".join(f"{at(s)},400,a\n" for s in range(0, 110, 10))
+    result = reconcile(fold, read_node_file(write(tmp_path, "utc,watts,host\n" + rows)))
+    assert (result.coverage, result.node_j, result.device_j) == pytest.approx((0.5, 40_000, 30_000))
+    assert result.notes[0] == "no readings of b: what it used is in neither sum"
+
+
+def test_the_band_of_a_node_holds_what_was_shared_out_by_time(tmp_path, run):
+    """A job of 1000 s and 1 MJ around a run of 100 s: its tenth is shared out, between nothing and two tenths."""
+    rows = f"7|{EPOCH - 450}|{EPOCH + 550}|1000000\n"
+    result = reconcile(run, read_node_file(write(tmp_path, SACCT + rows)))
+    assert (result.node_j, result.band_j) == pytest.approx((100_000, 105_000))
+    assert result.pieces[0].energy_j == pytest.approx(100_000)

@@ -16,6 +16,7 @@ from moe.energy.cut import cut_ledger
 from moe.energy.ledger import LedgerWriter
 from moe.energy.programme import RunLedgers, fold_programme
 from moe.energy.spending import Programme
+from moe.energy.supervise import purpose_of
 
 BOOT = datetime(2025, 1, 1, 22, tzinfo=UTC)  # two hours before midnight
 STEP_S = {"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}
@@ -318,3 +319,39 @@ def test_a_damaged_ledger_is_named_and_the_others_are_summed(moe_total, tmp_path
     done = moe_total("nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "moe: nowhere is no ledger and holds none: give run directories, or folders of them\n"
+
+
+def test_data_preparation_under_the_outer_meter_is_for_data(tmp_path):
+    """`moe data prepare` is known by its name; what another program is for can be said; the rest is other programs."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three\n\n" * 500)
+
+    def energy(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moe.cli", "energy", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    prepare = [sys.executable, "-m", "moe.cli", "data", "prepare", str(text), "--out", "shards", "--vocab-size", "260"]
+    assert energy("run", "--out", "a", "--power", "100", "--", *prepare).returncode == 0
+    for out, *words in (("b", "--purpose", "evaluation"), ("c",)):
+        assert energy("run", "--out", out, "--power", "100", *words, "--", "sleep", "0.2").returncode == 0
+    half = json.loads(energy("total", ".", "--json").stdout)["estimated"]
+    assert half["purposes"].keys() == {"data", "evaluation", "other_programs", "startup_and_idle"}
+    spent = {name: part["energy_j"] for name, part in half["purposes"].items()}
+    phases = fold_ledgers([tmp_path / "a/ledger.jsonl"]).phases
+    assert spent["data"] == pytest.approx(phases["data_preparation"].energy_j)
+    assert sum(spent.values()) == pytest.approx(half["energy_j"])
+    assert energy("run", "--purpose", "fun", "--", "true").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "purpose"),
+    [
+        ("moe data prepare text --out x", "data"),
+        ("srun -n1 /opt/bin/moe data prepare text", "data"),
+        ("python -m moe.cli data prepare text", "data"),
+        ("moe generate runs/data prepare", "other"),
+        ("python prepare.py data prepare", "other"),
+    ],
+)
+def test_our_own_preparation_is_known_however_it_is_launched(command, purpose):
+    assert purpose_of(command.split()) == purpose

@@ -175,7 +175,9 @@ def test_rapl_is_preferred_when_readable(root, tree):
 def test_a_root_only_counter_is_not_available_and_says_so(root, tree):
     """As nobody, with mode 0400 files as kernels since 5.10 have them: an estimate whose note names the file."""
     if os.getuid() != 0:
-        pytest.skip("needs root, to become a user who may not read the counter")
+        pytest.skip(
+            "runs where the tests are root's, as in a container: they become a user who may not read the counter"
+        )
     for name in ("package-0", "package-1"):
         (tree[name] / "energy_uj").chmod(0o400)
     for folder in [root, *root.parents]:

@@ -1,12 +1,14 @@
 """The meter in a real transformers.Trainer, on a model of a few thousand parameters."""
 
 import json
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import moe.hf
 from moe.energy import fold_ledgers, read_ledger
@@ -14,21 +16,8 @@ from moe.energy import fold_ledgers, read_ledger
 transformers = pytest.importorskip("transformers", reason="meters transformers' Trainer (extra `hf`)")
 
 
-def trainer(folder: Path, steps: int, **options: object) -> "transformers.Trainer":
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    ids = torch.randint(32, (64, 8))
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    args = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, logging_steps=2, save_steps=3,
-        eval_strategy="steps", eval_steps=3, report_to=[], use_cpu=True, disable_tqdm=True,
-        include_num_input_tokens_seen="all", **options,
-    )  # fmt: skip
-    return transformers.Trainer(
-        model=transformers.LlamaForCausalLM(config), args=args, train_dataset=rows, eval_dataset=rows[:8]
-    )
+SCRIPT = Path(__file__).parent / "metered_trainer.py"
+trainer = runpy.run_path(str(SCRIPT))["trainer"]
 
 
 class Tracker(transformers.TrainerCallback):
@@ -68,6 +57,38 @@ def test_a_trainer_is_metered_and_resumed_in_the_same_ledger(tmp_path):
     assert again.state.log_history[-1]["train/device_hours"] > fold.segments[0].elapsed_s / 3600
     assert json.loads((tmp_path / "checkpoint-9/trainer_state.json").read_text())["log_history"]
     assert [record["kind"] for record in read_ledger(tmp_path / "ledger.jsonl")].count("end") == 2
+
+
+def test_two_ranks_have_one_reader_and_one_ledger(tmp_path):
+    """The first rank reads for both: its tokens are those of all ranks, and the host is one device, not two."""
+
+    def launch(steps: int, *checkpoint: str) -> dict[int, tuple[bool, str]]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launcher, str(SCRIPT), str(tmp_path), str(steps), *checkpoint],
+            capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told = re.findall(r"rank (\d) read (\w+) hours (\S+)", done.stdout)
+        return {int(rank): (read == "True", hours) for rank, read, hours in told}
+
+    ranks = launch(6)
+    assert {rank: read for rank, (read, _) in ranks.items()} == {0: True, 1: False}
+    (ledger,) = tmp_path.glob("ledger*.jsonl")
+    fold = fold_ledgers([ledger])
+    (segment,) = fold.segments
+    assert (segment.last_step, segment.ended, fold.tokens) == (6, "end", 6 * 2 * 4 * 8)
+    assert len(fold.devices) == 1
+    assert fold.total.device_hours == pytest.approx(segment.elapsed_s / 3600)
+    assert 0 < float(ranks[0][1]) <= fold.total.device_hours
+    assert ranks[1][1] == "None"
+
+    launch(9, str(tmp_path / "checkpoint-3"))
+    fold = fold_ledgers([ledger])
+    assert [(part.first_step, part.last_step) for part in fold.segments] == [(0, 6), (3, 9)]
+    assert fold.tokens == 9 * 2 * 4 * 8
+    assert list(tmp_path.glob("ledger*.jsonl")) == [ledger]
+    assert not any("second_reader" in record for record in read_ledger(ledger))
 
 
 def test_without_transformers_it_is_one_sentence():

@@ -18,7 +18,7 @@ def _room() -> None:
     """A device with little memory cannot ask the question."""
     free = torch.cuda.mem_get_info()[0]
     if free < NEEDED_BYTES:
-        pytest.skip(f"needs {NEEDED_BYTES // 2**30} GiB of free device memory, {free // 2**30} GiB are there")
+        pytest.skip(f"runs on a GPU with {NEEDED_BYTES >> 30} GiB of free memory, {free >> 30} GiB are there")
 
 
 def close(want: Tensor, got: Tensor) -> None:

@@ -7,12 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe.config import ModelConfig, Recipe, RunConfig
+from moe.data.sources import Source
 from moe.energy import fold_ledgers
 from moe.rundir import RunDir
+from moe.trainer.data import load_run_data
+from moe.trainer.hooks import Hooks
+from moe.trainer.signals import Stopped, StopRequest
 
 Place = Any  # the fixture's class; conftest is not importable by name
 
@@ -77,3 +83,38 @@ def test_the_exit_code_names_the_signal(
     assert process.returncode == 128 + number
     assert "Traceback" not in said
     assert f"runs/{number.name} stopped at step 0 because {number.name} asked it to" in said
+
+
+def test_a_reader_that_was_left_writes_nothing_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train() called from Python: the process lives on, with the thread; the run may be another's by then."""
+    go_on = threading.Event()
+
+    class Slow(Source):
+        name = "slow"
+
+        def _read(self, split: str) -> Iterator[str]:
+            yield "some words " * 10
+            os.kill(os.getpid(), signal.SIGTERM)
+            go_on.wait(30)
+            yield "more words " * 10
+
+    monkeypatch.setattr("moe.trainer.data.open_sources", lambda config: [Slow()])
+    model = ModelConfig(
+        vocab_size=258, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, attention="gqa"
+    )
+    recipe = Recipe(run=RunConfig(name="left"), model=model)
+    run = RunDir.named("left", tmp_path)
+    run.create()
+    stop = StopRequest()
+    try:
+        with pytest.raises(Stopped), stop.at_once():
+            load_run_data(recipe, run, Hooks(), trained=False)
+    finally:
+        stop.restore()
+    (left,) = (thread for thread in threading.enumerate() if thread.name == "interruptible")
+    before = sorted(tmp_path.rglob("*"))
+    go_on.set()
+    left.join(30)
+    assert not left.is_alive()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not run.tokenizer.exists()

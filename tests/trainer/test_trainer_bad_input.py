@@ -101,7 +101,7 @@ def test_two_processes_that_train_alone_are_refused(place: Place) -> None:
     command, environment = place.command("run.name=alone", ranks=2)
     environment.pop("ACCELERATE_USE_CPU")
     if os.path.exists("/dev/nvidia0"):
-        pytest.skip("this machine has a GPU, where the launch is right")
+        pytest.skip("runs on a machine without a GPU: with one the launch is right")
     done = subprocess.run(command, env=environment, cwd=place.folder, capture_output=True, text=True, timeout=180)
     assert done.returncode != 0
     assert done.stderr.count("accelerate trains each of them alone") == 1

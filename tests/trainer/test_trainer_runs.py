@@ -225,7 +225,7 @@ def test_a_full_disk_ends_in_a_sentence(place: Place, tmp_path: Path) -> None:
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
     ).returncode:
-        pytest.skip("mounting a small file system needs root and the right to mount")
+        pytest.skip("runs on a machine where root may mount a tmpfs, such as a privileged container")
     try:
         done = place.python(
             "run.name=full", f"run.directory={tmp_path}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=99"

@@ -13,7 +13,8 @@ from moe.errors import DataError
 __all__ = ["open_bytes", "plain_name", "unreadable"]
 
 _SUFFIXES = (".gz", ".zst")
-_CHUNK = 1 << 17  # compressed bytes read at once
+_CHUNK = 1 << 10  # compressed bytes taken at once: of each 4 may come a block of 128 KiB, so 32 MiB at most
+_BUFFER = 1 << 17
 _LARGEST_WINDOW = 1 << 31  # as `zstd --long=31` needs; by default zstandard refuses more than 128 MiB
 
 
@@ -43,14 +44,15 @@ def _opened(file: Path) -> io.BufferedReader | gzip.GzipFile:
     if file.name.endswith(".gz"):
         return gzip.open(file)
     if file.name.endswith(".zst"):
-        return io.BufferedReader(_ZstandardFile(file))
+        return io.BufferedReader(_ZstandardFile(file), _BUFFER)
     return file.open("rb")
 
 
 class _ZstandardFile(io.RawIOBase):
     """A file of zstandard frames, one after another. Raises EOFError where the last is cut short or one is damaged.
 
-    zstandard's own reader takes a file that is cut short for its end, and training would miss the rest in silence.
+    zstandard's own reader takes a file that is cut short for its end, and training would miss the rest in silence. In
+    memory are the window that the frame asks for and what comes of a chunk, however small its file was packed.
     """
 
     def __init__(self, file: Path) -> None:
@@ -61,7 +63,7 @@ class _ZstandardFile(io.RawIOBase):
         self._zstandard: Any = zstandard
         self._file = file.open("rb")
         self._frame: Any = None
-        self._compressed = self._plain = b""
+        self._compressed, self._plain = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -87,7 +89,7 @@ class _ZstandardFile(io.RawIOBase):
         if self._frame is None:
             self._frame = self._zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
         try:
-            self._plain = self._frame.decompress(self._compressed)
+            self._plain = memoryview(self._frame.decompress(self._compressed))
         except self._zstandard.ZstdError as error:
             raise EOFError(str(error)) from None
         self._compressed = self._frame.unused_data

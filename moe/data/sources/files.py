@@ -1,7 +1,8 @@
 """Text, JSONL and Parquet files, alone or in a folder.
 
 A text file is one document; each row of a JSONL (`.jsonl`, `.ndjson`) or Parquet file is one, in the field
-`data.text_field`. Text and JSONL may be compressed (`.gz`, `.zst`). Rows are held out for validation evenly, counted
+`data.text_field`. Text and JSONL may be compressed (`.gz`, `.zst`): what a small file is unpacked to is read piece by
+piece, and a document has a longest length. Rows are held out for validation evenly, counted
 over all files. A folder's text files are split by file, through a hash of their relative names; a text file given alone
 is cut in two by characters.
 """
@@ -11,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = ["Files"]
 _JSONL = (".jsonl", ".ndjson")
 _PARQUET = ".parquet"
 _ROWS_AT_ONCE = 256  # of a Parquet file in memory
+_LONGEST = 1 << 28  # bytes of a JSONL line, characters of a compressed text
 
 
 class Files(Source):
@@ -79,17 +82,29 @@ def _has_rows(file: Path) -> bool:
 
 
 def _text(file: Path) -> str:
+    packed = plain_name(file) != file.name
     try:
         with open_bytes(file) as raw, io.TextIOWrapper(raw, encoding="utf-8") as text:
-            return text.read()
+            whole = text.read(_LONGEST + 1 if packed else -1)
     except UnicodeDecodeError:
         raise DataError(f"data.source: {file} is not UTF-8 text; convert it or move it out of the folder") from None
+    if packed and len(whole) > _LONGEST:
+        raise DataError(
+            f"data.source: {file} holds more than {_LONGEST >> 20} MiB of text, and a file is one document; decompress "
+            "it, or cut it into several"
+        )
+    return whole
 
 
 def _jsonl(file: Path, field: str) -> Iterator[str]:
     """The field of each line; blank lines count for nothing."""
     with open_bytes(file) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), start=1):
+            if len(line) > _LONGEST:
+                where = f"{file} line {number}"
+                raise DataError(
+                    f"data.source: {where} is longer than {_LONGEST >> 20} MiB; cut its text into several rows"
+                )
             if line.strip():
                 yield _field_of(line, field, f"{file} line {number}")
 

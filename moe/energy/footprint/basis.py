@@ -1,9 +1,10 @@
 """What a footprint is made of: energy and time, of one run or of a whole programme of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe.energy.fold import NS_PER_HOUR, Fold
 from moe.energy.footprint.profile import EnergyProfile
+from moe.energy.node import NodeReconciliation
 
 __all__ = ["Basis"]
 
@@ -50,4 +51,18 @@ class Basis:
             tokens=fold.tokens,
             profile=EnergyProfile.of_run(fold),
             first_step=next((file.segments[0].header["resumed_step"] for file in fold.files if file.segments), 0),
+        )
+
+    def on_nodes(self, nodes: NodeReconciliation) -> "Basis":
+        """The same with the energy of the nodes the devices are in, over the time it is known for, in its place."""
+        stretches = [(piece.start_ns, piece.end_ns, round(piece.energy_j * 1000)) for piece in nodes.pieces]
+        return replace(
+            self,
+            energy_mj=sum(energy_mj for _, _, energy_mj in stretches),
+            band_j=nodes.band_j,
+            source=nodes.source,
+            scope="node",
+            measured=True,
+            coverage=nodes.coverage,
+            profile=EnergyProfile.of_stretches(stretches),
         )

@@ -6,6 +6,7 @@ CSV of prices            utc,price_per_kwh                                   pri
 Electricity Maps         history[] or data[] of {datetime, carbonIntensity}  average, lifecycle or direct
 WattTime v3              data[] of {point_time, value}, lb CO2/MWh           marginal (co2_moer), average (co2_aoer)
 NESO carbon intensity    data[] of {from, to, intensity{actual, forecast}}   average, direct
+NESO, of one region      the same in data{data[]} or data[{data[]}]          average, direct
 
 Each value holds from its own time to the next one's, at most for the step that is most common in the file: a longer
 wait is a gap. Times without a zone are UTC.
@@ -97,15 +98,22 @@ def _csv(path: Path, text: str, column: str, unit: str) -> Series:
 
 def _json(path: Path, content: dict[str, Any]) -> Series:
     rows: Any = content.get("history", content.get("data"))
-    if isinstance(rows, dict):  # NESO's regional answer lies one level deeper
-        rows = rows["data"]
+    if "error" in content:
+        raise ConfigError(
+            f"series {path} is the service's refusal ({content['error']}): ask again, and save the answer"
+        )
+    region = rows[0] if isinstance(rows, list) and rows and "data" in rows[0] else rows
+    if isinstance(region, dict):  # NESO's answer for one region lies one level deeper
+        return _neso(path, region["data"], f"NESO carbon intensity of {region.get('shortname', 'one region')}")
     first = rows[0]
+    if "regions" in first:
+        raise ConfigError(f"series {path} holds all regions: ask NESO for one, /regional/intensity/FROM/TO/regionid/ID")
     if "carbonIntensity" in first:
         return _electricity_maps(path, rows)
     if "point_time" in first:
         return _watttime(path, rows, content.get("meta") or {})
     if "intensity" in first:
-        return _neso(path, rows)
+        return _neso(path, rows, "NESO carbon intensity")
     raise KeyError(", ".join(sorted(first)))
 
 
@@ -131,7 +139,11 @@ def _watttime(path: Path, rows: list[dict[str, Any]], meta: dict[str, Any]) -> S
     return Series.from_points(str(path), points, unit="g/kWh", kind=kind, source=source)
 
 
-def _neso(path: Path, rows: list[dict[str, Any]]) -> Series:
+def _neso(path: Path, rows: list[dict[str, Any]], name: str) -> Series:
+    if "average" in rows[0]["intensity"]:
+        raise ConfigError(
+            f"series {path} holds NESO's statistics: ask for /intensity/FROM/TO, which has every half hour"
+        )
     points, forecasts = [], 0
     for row in rows:
         value = row["intensity"].get("actual")
@@ -140,13 +152,12 @@ def _neso(path: Path, rows: list[dict[str, Any]]) -> Series:
         if value is not None:
             points.append(Point(_utc_ns(row["from"]), _utc_ns(row["to"]), float(value)))
     notes = (f"{forecasts} of the {len(rows)} values in {path} are forecasts: no actual one is given",)
-    source = f"NESO carbon intensity, file {path}"
     return Series.from_points(
         str(path),
         points,
         unit="g/kWh",
         kind="average, direct",
-        source=source,
+        source=f"{name}, file {path}",
         notes=notes if forecasts else (),
     )
 

@@ -1,6 +1,7 @@
 """When energy was used: joins readings of many ledgers with the clock that grids and prices go by."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 from moe.energy.fold import Fold
@@ -48,6 +49,14 @@ class EnergyProfile:
                 ]
         return cls(pieces)
 
+    @classmethod
+    def of_stretches(cls, stretches: Iterable[tuple[int, int, int]]) -> "EnergyProfile":
+        """Of (start_ns, end_ns, millijoules) in UTC, each used evenly."""
+        return cls(
+            Piece(start_ns, end_ns, 0, partial(_evenly, start_ns, end_ns, energy_mj))
+            for start_ns, end_ns, energy_mj in stretches
+        )
+
     def before(self, utc_ns: int) -> float:
         """Millijoules used up to a moment."""
         return sum(piece.before(utc_ns) for piece in self._pieces)
@@ -55,3 +64,7 @@ class EnergyProfile:
     def between(self, start_ns: int, end_ns: int) -> float:
         """Millijoules used from one moment to another."""
         return self.before(end_ns) - self.before(start_ns)
+
+
+def _evenly(start_ns: int, end_ns: int, energy_mj: int, at_ns: int) -> float:
+    return energy_mj * (at_ns - start_ns) / (end_ns - start_ns)

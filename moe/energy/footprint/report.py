@@ -127,7 +127,7 @@ def _operation(
         numbers |= plain
         result.factors |= factors
     if basis.coverage < 0.99:
-        result.notes.append(f"the meter saw {basis.coverage:.1%} of the devices' time: the rest is in no number")
+        result.notes.append(f"the energy is known for {basis.coverage:.1%} of the time: the rest is in no number")
     if it.scope == "gpu":
         result.notes.append("the energy is that of the GPUs alone: processors, memory and network are in no number")
 

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from moe.energy.fold import FileFold, Fold
-from moe.energy.node.series import NodeSeries
+from moe.energy.node.series import NodeSeries, Piece
+from moe.energy.sources.pm_counters import NODE_BAND
 from moe.energy.timeline import Segment
 from moe.errors import ConfigError
 
@@ -23,6 +25,9 @@ class NodeReconciliation:
     device_j      what the ledger's devices used, node_j what the nodes did, their devices inside
     unseen_j      the difference, and `unseen_share` its share of node_j: processors, memory, network, fans, losses
     edge_j        energy of node intervals that only partly lie in the metered time, shared out by time
+    band_j        of node_j: the default gain of a node's sensor, and what may have been shared out wrongly when each
+                  part of an interval at the edge drew between nothing and twice its mean power
+    pieces        node_j by time, each piece used evenly
     notes         what a reader of the numbers should see
     """
 
@@ -36,7 +41,13 @@ class NodeReconciliation:
     unseen_j: float
     unseen_share: float | None
     edge_j: float
+    band_j: float
+    pieces: list[Piece]
     notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the pieces."""
+        return {name: value for name, value in vars(self).items() if name != "pieces"}
 
 
 def node_readings(fold: Fold) -> list[NodeSeries]:
@@ -57,11 +68,14 @@ def reconcile(fold: Fold, series: Sequence[NodeSeries]) -> NodeReconciliation:
     """Join node series with a run by host and time. Raises ConfigError where they cannot belong together.
 
     Hosts are compared by their name up to the first dot. A series without host is of the run's one host, or, from
-    SLURM, of all of them together.
+    SLURM, of all of them together. A host without series is metered time that its node is not known for.
     """
+    if not series:
+        raise ConfigError(f"{fold.files[0].path} holds no readings of its node: give a file of them")
     groups = _match(fold, series)
     elapsed_ns = covered_ns = longest_ns = 0
-    device_j = node_j = edge_j = 0.0
+    device_j = node_j = edge_j = doubt_j = 0.0
+    joined: list[Piece] = []
     for members, segments in groups:
         pieces = sorted((piece for one in members for piece in one.pieces), key=lambda piece: piece.start_ns)
         if any(after.start_ns < before.end_ns for before, after in pairwise(pieces)):
@@ -78,7 +92,9 @@ def reconcile(fold: Fold, series: Sequence[NodeSeries]) -> NodeReconciliation:
                 known_until_ns = max(known_until_ns, until_ns)
                 covered_ns += until_ns - from_ns
                 node_j += piece.energy_j * share
+                joined.append(Piece(from_ns, until_ns, piece.energy_j * share))
                 edge_j += piece.energy_j if share < 1 else 0.0
+                doubt_j += piece.energy_j * min(share, 1 - share)
                 device_j += sum(_used_j(segment, from_ns, until_ns) for segment in segments)
             longest_ns = max(longest_ns, end_ns - known_until_ns)
     if not covered_ns:
@@ -95,7 +111,9 @@ def reconcile(fold: Fold, series: Sequence[NodeSeries]) -> NodeReconciliation:
         unseen_j=node_j - device_j,
         unseen_share=1 - device_j / node_j if node_j else None,
         edge_j=edge_j,
-        notes=_notes(fold, coverage, device_j, node_j, edge_j),
+        band_j=node_j * NODE_BAND + doubt_j,
+        pieces=joined,
+        notes=_without_series(groups) + _notes(fold, coverage, device_j, node_j, edge_j),
     )
 
 
@@ -113,12 +131,11 @@ def _match(fold: Fold, series: Sequence[NodeSeries]) -> list[tuple[list[NodeSeri
     named: dict[str, list[NodeSeries]] = {}
     for one in series:
         named.setdefault(_short(one.host or next(iter(by_host), "")), []).append(one)
-    groups = [(named[host], segments) for host, segments in by_host.items() if host in named]
-    if not groups:
+    if not named.keys() & by_host.keys():
         raise ConfigError(
             f"the readings are of {', '.join(sorted(named)) or 'no host'}, the run used {', '.join(sorted(by_host))}"
         )
-    return groups
+    return [(named.get(host, []), segments) for host, segments in by_host.items()]
 
 
 def _read_segments(file: FileFold) -> Iterator[Segment]:
@@ -152,6 +169,11 @@ def _used_j(segment: Segment, from_ns: int, until_ns: int) -> float:
     """What a segment's devices used between two moments of UTC."""
     begin, end = (moment - segment.utc_offset_ns for moment in (from_ns, until_ns))
     return sum(line.energy_at(end) - line.energy_at(begin) for line in segment.lines.values()) / 1000
+
+
+def _without_series(groups: list[tuple[list[NodeSeries], list[Segment]]]) -> list[str]:
+    missing = sorted({_short(segments[0].header["host"]) for members, segments in groups if not members})
+    return [f"no readings of {', '.join(missing)}: what it used is in neither sum"] if missing else []
 
 
 def _notes(fold: Fold, coverage: float, device_j: float, node_j: float, edge_j: float) -> list[str]:

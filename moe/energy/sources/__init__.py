@@ -10,7 +10,7 @@ from moe.energy.sources.grace import GraceSource
 from moe.energy.sources.nvml import NvmlSource
 from moe.energy.sources.pm_counters import PmCounters
 from moe.energy.sources.rapl import RaplSource
-from moe.energy.sources.visible import VisibleGpu, visible_gpus
+from moe.energy.sources.visible import VisibleGpu, uuid_of, visible_gpus
 from moe.errors import SensorError
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "is_measured",
     "node_counter",
     "select_sources",
+    "uuid_of",
     "visible_gpus",
 ]
 

@@ -15,7 +15,7 @@ from moe.energy.sources.base import Device
 from moe.energy.sources.integral import PowerIntegral
 from moe.errors import SensorError
 
-__all__ = ["PROBE_S", "AmdSource", "amdsmi", "visible_amd_gpus"]
+__all__ = ["PROBE_S", "AmdSource", "amd_gpu_at", "amdsmi", "visible_amd_gpus"]
 
 PROBE_S = 0.5
 COUNTER_BAND = 0.05
@@ -40,8 +40,9 @@ def amdsmi() -> Any:
 def visible_amd_gpus(environ: Mapping[str, str] | None = None, selection: str | None = None) -> list[str]:
     """`AMD-<uuid>` of the GPUs visible under ROCR_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES; [] without amdsmi.
 
-    `selection` replaces both: a comma-separated list of integers and beginnings of these names. The first entry that
-    names no GPU hides itself and all after it.
+    As in HIP, CUDA_VISIBLE_DEVICES stands in for the second where it is not set. `selection` replaces all: a
+    comma-separated list of integers and beginnings of these names. The first entry that names no GPU hides itself and
+    all after it.
     """
     environ = os.environ if environ is None else environ
     try:
@@ -52,13 +53,26 @@ def visible_amd_gpus(environ: Mapping[str, str] | None = None, selection: str | 
         uuids = list(_handles(lib))
     finally:
         _shut_down(lib)
-    lists = (
-        [selection] if selection is not None else [environ.get(f"{name}_VISIBLE_DEVICES") for name in ("ROCR", "HIP")]
-    )
+    hip = environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES")
+    lists = [environ.get("ROCR_VISIBLE_DEVICES"), hip] if selection is None else [selection]
     for listed in lists:  # HIP counts among those that ROCR left
         if listed is not None:
             uuids = _chosen(listed, uuids)
     return uuids
+
+
+def amd_gpu_at(pci: str) -> str:
+    """`AMD-<uuid>` of the GPU at a PCI address such as 0000:05:00. Raises SensorError without amdsmi, or such a GPU."""
+    lib = amdsmi()
+    try:
+        for uuid, handle in _handles(lib).items():
+            if lib.amdsmi_get_gpu_device_bdf(handle).lower().partition(".")[0] == pci:
+                return uuid
+    except lib.AmdSmiException as error:
+        raise SensorError(f"amdsmi cannot tell its GPUs' PCI addresses ({error}): check the driver") from None
+    finally:
+        _shut_down(lib)
+    raise SensorError(f"amdsmi lists no GPU at {pci}: check that this process may open it")
 
 
 def _chosen(listed: str, uuids: list[str]) -> list[str]:

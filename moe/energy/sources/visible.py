@@ -1,15 +1,15 @@
-"""Which GPUs a program started from here would use, by UUID: CUDA_VISIBLE_DEVICES read the way CUDA reads it."""
+"""Which GPUs a program uses, by UUID: CUDA_VISIBLE_DEVICES read the way CUDA reads it, or what torch says of a GPU."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe.energy.sources.amd import visible_amd_gpus
+from moe.energy.sources.amd import amd_gpu_at, visible_amd_gpus
 from moe.energy.sources.nvml_library import NoNvmlError, nvml
-from moe.errors import ConfigError
+from moe.errors import ConfigError, SensorError
 
-__all__ = ["VisibleGpu", "visible_gpus"]
+__all__ = ["VisibleGpu", "uuid_of", "visible_gpus"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,21 @@ def visible_gpus(environ: Mapping[str, str] | None = None, selection: str | None
         return list(found.values())
     finally:
         lib.nvmlShutdown()
+
+
+def uuid_of(properties: Any, *, hip: bool) -> str:
+    """The name a meter knows a GPU by, from what torch.cuda.get_device_properties tells; `hip` is torch built for ROCm.
+
+    amdsmi's UUID of a GPU is another than HIP's: the GPU is found by its PCI address. Where amdsmi cannot tell, HIP's
+    stays, which no meter can read, and opening it says why.
+    """
+    if not hip:
+        return f"GPU-{properties.uuid}"
+    numbers = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+    try:
+        return amd_gpu_at("{:04x}:{:02x}:{:02x}".format(*numbers))
+    except SensorError:
+        return f"AMD-{properties.uuid}"
 
 
 def _openable(lib: Any) -> list[tuple[str, str]]:

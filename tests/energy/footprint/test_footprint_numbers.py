@@ -160,7 +160,7 @@ def test_time_the_meter_did_not_see_is_told(new_segment, tmp_path):
     segment.end(14400)
     footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="100"))
     assert numbers(footprint, "carbon_location")[0] == pytest.approx(100)
-    assert "the meter saw 50.0% of the devices' time: the rest is in no number" in footprint.notes
+    assert "the energy is known for 50.0% of the time: the rest is in no number" in footprint.notes
 
 
 def test_a_ledger_that_begins_later_has_no_sci_per_token(new_segment, tmp_path):

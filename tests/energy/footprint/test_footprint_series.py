@@ -149,6 +149,10 @@ ANSWERS = {
     ),
     "neso": (json.dumps({"data": NESO}), "average, direct"),
     "neso-regional": (json.dumps({"data": {"regionid": 3, "data": NESO}}), "average, direct"),
+    "neso-regional-now": (
+        json.dumps({"data": [{"regionid": 13, "shortname": "London", "data": NESO}]}),
+        "average, direct",
+    ),
 }
 
 
@@ -209,6 +213,21 @@ def test_estimated_hours_of_electricity_maps_are_told_and_empty_ones_are_gaps(ru
             json.dumps({"history": [MAPS[0], dict(MAPS[1], emissionFactorType="lifecycle")]}),
             "mixes emissionFactorType direct and lifecycle: give one kind in a file",
             id="mixed",
+        ),
+        pytest.param(
+            json.dumps({"data": [{"from": utc(0), "to": utc(1), "regions": [{"regionid": 1}]}]}),
+            "holds all regions: ask NESO for one, /regional/intensity/FROM/TO/regionid/ID",
+            id="all regions",
+        ),
+        pytest.param(
+            json.dumps({"data": [{"from": utc(0), "to": utc(4), "intensity": {"max": 9, "average": 5, "min": 1}}]}),
+            "holds NESO's statistics: ask for /intensity/FROM/TO, which has every half hour",
+            id="statistics",
+        ),
+        pytest.param(
+            json.dumps({"error": {"code": "400 Bad Request", "message": "Please enter a valid start datetime"}}),
+            "is the service's refusal (",
+            id="refused",
         ),
         pytest.param(
             json.dumps({"data": WATTTIME, "meta": {"units": "usd_per_mwh"}}),
