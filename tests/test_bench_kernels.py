@@ -57,6 +57,22 @@ def test_prints_every_part(bench: ModuleType, case: dict, capsys: pytest.Capture
     assert loads["skewed"] > loads["balanced"] >= 1
 
 
+def test_master_weights_are_multiplied_under_autocast(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """fp32 weights beside bf16 activations: y is bf16, gradients of weights are fp32, and lines say which they are."""
+    case = bench.Case(32, 16, 8, 4, 2, torch.bfloat16, masters=True)
+    one = bench.Bench("tiny", case, "balanced", "cpu", 1)
+    one.check()
+    mine = one.contenders[one.mine]
+    y = mine.forward()
+    assert y.dtype == torch.bfloat16
+    kept = [t.dtype for t in torch.autograd.grad(y, mine.leaves, one.inputs.dy)]
+    assert kept == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    one.experts()
+    lines = lines_of(capsys)
+    assert "torch grouped_mm" in {line["peer_name"] for line in lines}
+    assert all(line["config"]["masters"] for line in lines)
+
+
 def test_energy_mode_counts_joules(bench: ModuleType, case: dict, capsys: pytest.CaptureFixture[str]) -> None:
     """Every contender runs inside a meter's window; the number carries its source."""
     bench.main(["--device", "cpu", "--routing", "balanced", "--energy", "0.2"], case)

@@ -91,10 +91,14 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name.startswith("aten::") and not func.is_view and "empty" not in name and name != "aten::detach":
-            tensors = [t for t in (*args, *(kwargs or {}).values(), out) if isinstance(t, Tensor)]
+        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+        # `to` and its like are views by their schema, and copies by what they return
+        only_seen = func.is_view and _storage(out) in map(_storage, given)
+        if name.startswith("aten::") and not only_seen and "empty" not in name and name != "aten::detach":
+            tensors = [t for t in (*given, out) if isinstance(t, Tensor)]
             sizes = {_identity(t): t.numel() * t.itemsize for t in tensors}
-            self.found.append(Glue(name.removeprefix("aten::"), sum(sizes.values())))
+            if total := sum(sizes.values()):  # nothing is launched for empty tensors
+                self.found.append(Glue(name.removeprefix("aten::"), total))
         return out
 
 
@@ -160,7 +164,13 @@ def _within(modes: tuple[AbstractContextManager[Any], ...], implementation: Call
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
     """Meta tensors have no address: their storage tells them apart."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), math.prod(tensor.shape)
+    return _storage(tensor), tensor.storage_offset(), math.prod(tensor.shape)
+
+
+def _storage(tensor: Any) -> int:
+    """Of a view of several tensors, the first one's."""
+    first = tensor if isinstance(tensor, Tensor) else tensor[0]
+    return first.untyped_storage()._cdata
 
 
 def described(launch: Launch) -> str:

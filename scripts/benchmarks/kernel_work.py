@@ -46,9 +46,9 @@ def _layer(
     def run() -> None:
         logits = _leaf(case.tokens, case.experts + null_experts)
         x = _leaf(case.tokens, case.model, dtype=case.dtype)
-        gate_up = _weight(case.experts, 2 * case.hidden, case.model, case.dtype, transposed)
-        down = _weight(case.experts, case.model, case.hidden, case.dtype, transposed)
-        with torch.set_grad_enabled(backward):
+        gate_up = _weight(case.experts, 2 * case.hidden, case.model, case.weight_dtype, transposed)
+        down = _weight(case.experts, case.model, case.hidden, case.weight_dtype, transposed)
+        with torch.set_grad_enabled(backward), torch.autocast("cuda", case.dtype, enabled=case.masters):
             index, weight, _, counts = topk_route(logits, top_k=case.top_k, score_func="softmax")
             y = expert_mlp(
                 x, gate_up, down, index, weight, tokens_per_expert=counts, null_experts=null_experts,
