@@ -101,7 +101,7 @@ def _self_check(device: torch.device) -> None:
     with _checking:  # other threads wait for the verdict
         missing = [check for check in registered_checks() if (check.op, *here) not in _passed]
         if missing:
-            _say_once(f"checking the Triton kernels on {here[0]}: a minute or two where they were never compiled")
+            _say_once(f"checking the Triton kernels on {here[0]}: up to a minute where they were never compiled")
         for check in missing:
             check.run(device)
             _passed.add((check.op, *here))

@@ -13,7 +13,8 @@ Example: K = 2, rows 10 20 30 40, place 2 0 1 3 -> totals 30 + 10 = 40 and 20 + 
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
+from .launching import launch
 
 __all__ = ["sum_slots"]
 
@@ -56,18 +57,9 @@ def _sum_triton(rows: Tensor, place: Tensor, top_k: int) -> Tensor:
     total = rows.new_empty(n_tokens, width)
     if total.numel():
         block_t, block_d = COMBINE_BLOCK
-        with on_device_of(rows):
-            sum_slots_kernel[(triton.cdiv(n_tokens, block_t), triton.cdiv(width, block_d))](
-                rows,
-                place,
-                total,
-                n_tokens,
-                width,
-                K=top_k,
-                BT=block_t,
-                BD=block_d,
-                num_warps=COMBINE_WARPS,
-            )
+        grid = (triton.cdiv(n_tokens, block_t), triton.cdiv(width, block_d))
+        args = (rows, place, total, n_tokens, width)
+        launch(sum_slots_kernel, grid, *args, K=top_k, BT=block_t, BD=block_d, num_warps=COMBINE_WARPS)
     return total
 
 

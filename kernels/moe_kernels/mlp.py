@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from . import mlp_torch, mlp_triton
-from .agreement import Check, D, E, F, K, Side, T
+from .agreement import Check, E, K, Side, T, normal, uniform, widths
 from .backend import register_check, resolve
-from .configs import row_block
+from .configs import families
 from .errors import KernelError
 
 __all__ = ["expert_mlp"]
@@ -223,31 +223,27 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
-    """A problem for each height of a tile: the last two of 12 experts empty and some choices of a null expert; weights
-    before the experts; one expert with most of the tokens, and more than one step along the sums."""
+    """Few rows: most tokens choose expert 0, some a null one, and the last two of 12 have none. More: two experts share
+    them; the most: one has four of five tokens. Odd sizes of the second kind have their weights before the experts."""
     g = torch.Generator().manual_seed(0)
     few = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)])
+    few[:24, 1] = 0
     few[::3, 0] = E
     some = torch.randint(2, (2 * T, K), generator=g)
     many = (torch.arange(14 * T) % 5 == 0).long().unsqueeze(1)
+    chosen = {16: (few, E, 1), 64: (some, 2, 0), 128: (many, 2, 0)}  # index, experts, null experts
     found: dict[str, Tensor | None] = {}
-    for height, index, n_experts, width, hidden, weighting in (
-        ("16", few, E, D, F, "after"),
-        ("64", some, 2, D, F, "before"),
-        ("128", many, 2, 3 * D, 3 * F, "after"),
-    ):
-        if row_block(side.tested_dtype, index.numel(), n_experts) != int(height):
-            continue  # fp32 has no tiles of 128 rows
-        x = side.leaf(torch.randn(len(index), width, generator=g))
-        gate_up = side.leaf(torch.randn(n_experts, 2 * hidden, width, generator=g) / width**0.5)
-        down = side.leaf(torch.randn(n_experts, width, hidden, generator=g) / hidden**0.5)
-        weight = (torch.rand(index.shape, generator=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
-        y, *_ = _expert_mlp(
-            x, gate_up, down, index.to(side.device), weight, None, int(n_experts == E), weighting, side.backend
-        )
-        y.backward(side.put(torch.randn(y.shape, generator=g)), inputs=[x, gate_up, down, weight])
+    for block, aligned in families(side.tested_dtype):
+        (index, n_experts, nulls), (width, hidden) = chosen[block], widths(block, aligned)
+        weighting = "before" if (block, aligned) == (64, False) else "after"
+        x = side.leaf(normal(len(index), width, make=g))
+        gate_up = side.leaf(normal(n_experts, 2 * hidden, width, make=g) / width**0.5)
+        down = side.leaf(normal(n_experts, width, hidden, make=g) / hidden**0.5)
+        weight = (uniform(*index.shape, make=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
+        y, *_ = _expert_mlp(x, gate_up, down, index.to(side.device), weight, None, nulls, weighting, side.backend)
+        y.backward(side.put(normal(*y.shape, make=g)), inputs=[x, gate_up, down, weight])
         grads = {"dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
-        found |= {f"{name} of {height}-row tiles": t for name, t in ({"y": y} | grads).items()}
+        found |= {f"{name} of {block}-row tiles, {width} by {hidden}": t for name, t in ({"y": y} | grads).items()}
     return found
 
 

@@ -15,7 +15,8 @@ from ._triton import triton
 from .combine import sum_slots
 from .configs import config_for, n_programs, row_block
 from .dispatch import sort_rows
-from .gemm_triton import as_it_lies, launch, product, row_tile_options, unit_of, wgrad
+from .gemm_triton import as_it_lies, product, row_tile_options, unit_of, wgrad
+from .launching import launch
 from .mlp_kernels import swiglu_backward_kernel, swiglu_kernel
 from .tiles import TileSchedule, schedule_tiles
 
@@ -98,7 +99,7 @@ def swiglu_product(
     args = (x, gate_up, order, weight, h, wa, tiles.tiles_N3, tiles.count_1, n_experts, width, hidden)
     options = row_tile_options(config, unit, width, inputs_last)
     options |= {"TOP_K": weight.shape[1], "WEIGHTING": weighting}
-    launch(swiglu_kernel, n_programs(config, x.device, work), args, options)
+    launch(swiglu_kernel, (n_programs(config, x.device, work),), *args, **options)
     return h, wa
 
 
@@ -131,5 +132,5 @@ def swiglu_backward_product(
             "TOP_K": weight.shape[1],
             "WEIGHTING": weighting,
         }
-        launch(swiglu_backward_kernel, n_programs(config, dy.device, work), args, options)
+        launch(swiglu_backward_kernel, (n_programs(config, dy.device, work),), *args, **options)
     return dh, wa, parts.sum(1)

@@ -25,7 +25,7 @@ class Case(NamedTuple):
     """T tokens, D model, F hidden, E experts, K top-k, and the dtype of activations and weights.
 
     masters: experts' weights are fp32 and multiplied under autocast to `dtype`, as `train.precision=bf16` trains on one
-    GPU or under DistributedDataParallel; else they are of `dtype`, as FSDP's and DeepSpeed's mixed precision gives them.
+    GPU or under DistributedDataParallel; else of `dtype`, as FSDP and DeepSpeed give them.
     """
 
     tokens: int

@@ -77,7 +77,7 @@ class _PretendCuda(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
         if func in (torch.Tensor.to, torch.Tensor.cuda):
-            args = tuple(a for a in args if not isinstance(a, torch.device))
+            args = tuple("meta" if isinstance(a, torch.device) else a for a in args)
         return func(*args, **kwargs)
 
 

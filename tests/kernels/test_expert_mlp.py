@@ -280,7 +280,7 @@ def test_autocast_keeps_fp32_masters(device: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_keeps_x_and_the_pre_activations_only(backend: str) -> None:
-    """Bytes kept for the backward stay within 10 % of x + h, parameters aside; under autocast no cast weight is kept."""
+    """Bytes kept for the backward stay within 10 % of x + h, parameters aside; under autocast no cast weight is."""
     n_tokens, width, hidden, n_experts, top_k = 512, 64, 32, 8, 4
     gate_up = torch.randn(n_experts, 2 * hidden, width, requires_grad=True)
     down = torch.randn(n_experts, width, hidden, requires_grad=True)
