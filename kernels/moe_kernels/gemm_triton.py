@@ -48,15 +48,15 @@ def row_tile_options(config: Config, unit: int, n_in: int, inputs_last: bool) ->
     }
 
 
-def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool, clear_rest: bool = False) -> Tensor:
+def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool) -> Tensor:
     """x @ w[e].T for w (E, O, I), or x @ w[e] when transposed; x contiguous, w in the same dtype.
 
-    Rows behind the last group hold 0 when clear_rest, else anything: no program writes them.
+    Rows behind the last group hold anything: no program writes them.
     """
     n_experts, n_out, n_in = w.shape
     if transposed:
         n_out, n_in = n_in, n_out
-    y = x.new_zeros(len(x), n_out) if clear_rest else x.new_empty(len(x), n_out)
+    y = x.new_empty(len(x), n_out)
     if y.numel() == 0:
         return y
     w, inputs_last = as_it_lies(w, transposed)

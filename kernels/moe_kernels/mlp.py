@@ -75,10 +75,12 @@ def expert_mlp(
             f"x_TD is {x_TD.dtype}, gate_up_EFD {gate_up_EFD.dtype} and down_EDF {down_EDF.dtype}: "
             "cast them to one dtype or run under torch.autocast"
         )
-    backend = resolve(backend, x_TD.device)
+    leaves = (x_TD, gate_up_EFD, down_EDF, topk_weight_TK)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     return _expert_mlp(
-        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, backend
-    )[0]
+        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, keep,
+        resolve(backend, x_TD.device),
+    )[0]  # fmt: skip
 
 
 def _check(
@@ -106,7 +108,7 @@ def _check(
 
 
 def _backend(name: str) -> Any:
-    """The file with `forward` and `backward` of a backend."""
+    """The file with `backward` of a backend."""
     return mlp_triton if name == "triton" else mlp_torch
 
 
@@ -123,10 +125,18 @@ def _expert_mlp(
     counts: Tensor | None,
     null_experts: int,
     weighting: str,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, order, place, offsets); weights are cast to x's dtype and only the originals are kept."""
-    return _backend(backend).forward(x, gate_up, down, index, weight, counts, null_experts, weighting)
+    """(y, h, order, place, offsets); weights are cast to x's dtype and only the originals are kept.
+
+    keep: a backward pass may follow; else h is empty, and the kernels do not store it.
+    """
+    given = (x, gate_up, down, index, weight, counts, null_experts, weighting)
+    if backend == "triton":
+        return mlp_triton.forward(*given, keep)
+    y, h, *indices = mlp_torch.forward(*given)
+    return y, h if keep else h.new_empty(0), *indices
 
 
 @_expert_mlp.register_fake
@@ -139,12 +149,13 @@ def _(
     counts: Tensor | None,
     null_experts: int,
     weighting: str,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = index.numel()
     return (
         x.new_empty(x.shape),
-        x.new_empty((rows, gate_up.shape[1])),
+        x.new_empty((rows, gate_up.shape[1]) if keep else (0,)),
         index.new_empty((rows,), dtype=torch.int32),
         index.new_empty((rows,), dtype=torch.int32),
         index.new_empty((gate_up.shape[0] + 1,), dtype=torch.int32),
@@ -198,7 +209,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gate_up, down, _, weight, _, null_experts, weighting, backend = inputs
+    x, gate_up, down, _, weight, _, null_experts, weighting, _, backend = inputs
     _, h, order, place, offsets = output
     ctx.mark_non_differentiable(h, order, place, offsets)
     ctx.set_materialize_grads(False)
@@ -208,12 +219,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x_needed, gate_up_needed, down_needed, _, weight_needed = ctx.needs_input_grad[:5]
     need = [x_needed, gate_up_needed, down_needed, weight_needed]
     grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, *ctx.constants)
     d_x, d_gate_up, d_down, d_weight = (g if needed else None for g, needed in zip(grads, need, strict=True))
-    return d_x, d_gate_up, d_down, None, d_weight, None, None, None, None
+    return d_x, d_gate_up, d_down, None, d_weight, None, None, None, None, None
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -240,7 +251,7 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
         gate_up = side.leaf(normal(n_experts, 2 * hidden, width, make=g) / width**0.5)
         down = side.leaf(normal(n_experts, width, hidden, make=g) / hidden**0.5)
         weight = (uniform(*index.shape, make=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
-        y, *_ = _expert_mlp(x, gate_up, down, index.to(side.device), weight, None, nulls, weighting, side.backend)
+        y, *_ = _expert_mlp(x, gate_up, down, index.to(side.device), weight, None, nulls, weighting, True, side.backend)
         y.backward(side.put(normal(*y.shape, make=g)), inputs=[x, gate_up, down, weight])
         grads = {"dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
         found |= {f"{name} of {block}-row tiles, {width} by {hidden}": t for name, t in ({"y": y} | grads).items()}

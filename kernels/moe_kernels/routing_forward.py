@@ -6,10 +6,11 @@ Formulae and example are in `routing.py` and `routing_statistics.py`.
 
 Bytes: logits read and scores written, 8 per expert and token; index and weight, 12 per choice. At T = 32768, E = 128,
 K = 8 that is 37 MB, 9 us at 4.3 TB/s; with K passes over keys in registers some 20 us are predicted on an H200, and one
-launch after one memset. Statistics read nothing again; each has a memset more. The margins add one atomic per token and
-expert (4 M, over the bins of every expert, some 30 us predicted), the rest one per program and expert. Taken from the
-scores afterwards, the margins are 17 launches, 13 of them over 17 to 34 MB, and the shares and preferences 13 forward
-and 12 backward, of which 15 are that large.
+launch after one memset. Statistics read nothing again; each has a memset more, and the shares two launches over B E
+numbers, which make fp32 of integers. The margins add one atomic per token and expert (4 M, over the bins of every
+expert, some 30 us predicted), the rest one per program and expert. Taken from the scores afterwards, the margins are 17
+launches, 13 of them over 17 to 34 MB, and the shares and preferences 13 forward and 12 backward, of which 15 are that
+large.
 """
 
 from typing import NamedTuple

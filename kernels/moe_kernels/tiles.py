@@ -13,7 +13,7 @@ tiles of x and 16 column tiles of w, and what one of them brings into the L2 cac
 would sweep a wide expert's whole weight (Mixtral: 235 MB, more than the 50 MB of L2) once for every 128 rows: 128 FLOP
 a byte of memory, where an H200 wants 181.
 
-Bytes: 4 (E + 1) read by each of E programs from L2, 12 N written; nothing against a product, a launch of 2 us counts.
+Bytes: 4 (E + 1) read by each of E programs from L2, 12 N written; nothing against a product, a launch of 3 us counts.
 
 Example: BM = 2, offsets 0 3 3 4 -> tiles (0, 0, 2) (0, 2, 3) (2, 3, 4), count 3 of N = 4.
 """
