@@ -60,6 +60,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(backend_module, "_passed", set())
+    monkeypatch.setattr(backend_module, "_resolved", {})
     monkeypatch.setattr(backend_module, "_said", set())
 
 
@@ -95,6 +96,18 @@ def test_self_check_runs_once_and_again_after_a_failure(monkeypatch: pytest.Monk
     for _ in range(2):
         with pytest.raises(KernelError, match="dx is off"):
             resolve(None, "cuda:0")
+
+
+def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of an op resolves; from the second on that is a look-up. `cuda` alone may be another each time."""
+    pretend_gpu(monkeypatch, (9, 0))
+    pretend_checks(monkeypatch)
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    assert [resolve(None, torch.device("cuda", 1)) for _ in range(3)] == ["triton"] * 3
+    assert asked == [torch.device("cuda:1")]
+    assert resolve(None, "cuda") == resolve(None, "cuda") == "triton"
+    assert len(asked) == 3
 
 
 def test_an_op_loaded_later_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
