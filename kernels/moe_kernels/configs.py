@@ -79,7 +79,8 @@ _TABLE: dict[tuple[str, str, int], Config] = {
     ("swiglu", "odd", 16): Config(16, 32, 32, 4, 2, 2),
     ("swiglu", "fp32", 64): Config(64, 32, 32, 8, 2, 2, precision="ieee"),
     ("swiglu", "fp32", 16): Config(16, 32, 32, 4, 2, 2, precision="ieee"),
-    # The epilogue holds q, gate, up and what becomes of them beside each other: more than 128 columns spill.
+    # The epilogue holds q, gate, up and what becomes of them beside each other, of half the columns at a time: 256
+    # columns spill even so, and so do 128 at once.
     ("swiglu_backward", "tma", 128): Config(128, 128, 64, 8, 4, 1, tma=True),
     ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 2, tma=True),
     ("swiglu_backward", "tma", 16): Config(16, 128, 128, 4, 3, 3, tma=True),

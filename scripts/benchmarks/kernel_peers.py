@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,13 @@ class Contender(NamedTuple):
     forward   y (T, D)
     leaves    what gradients are taken in: x, gate_up, down, weight, as the contender stores them
     as_ours   its gradient of gate_up in our layout, gate rows first
+    within    what to be within while it runs, forward and backward
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     as_ours: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def ours(inputs: Inputs, backend: str) -> Contender:
