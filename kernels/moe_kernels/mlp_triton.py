@@ -105,8 +105,11 @@ def swiglu_product(
     config = config_for("swiglu", x.dtype, x.device, tiles.block, unit > 1)
     work = len(tiles.tiles_N3) * triton.cdiv(hidden, config.cols)
     args = (x, gate_up, order, weight, h, wa, tiles.tiles_N3, tiles.count_1, n_experts, width, hidden)
-    options = row_tile_options(config, unit, width, inputs_last)
-    options |= {"TOP_K": weight.shape[1], "WEIGHTING": weighting, "KEEP": keep}
+    options = row_tile_options(config, unit, width, inputs_last) | {
+        "TOP_K": weight.shape[1],
+        "WEIGHTING": weighting,
+        "KEEP": keep,
+    }
     launch(swiglu_kernel, (n_programs(config, x.device, work),), *args, **options)
     return h, wa
 
