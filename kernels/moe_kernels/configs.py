@@ -82,7 +82,7 @@ _TABLE: dict[tuple[str, str, int], Config] = {
     # The epilogue holds q, gate, up and what becomes of them beside each other, of half the columns at a time: 256
     # columns spill even so, and so do 128 at once.
     ("swiglu_backward", "tma", 128): Config(128, 128, 64, 8, 4, 1, tma=True),
-    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 2, tma=True),
+    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 1, tma=True),
     ("swiglu_backward", "tma", 16): Config(16, 128, 128, 4, 3, 3, tma=True),
     ("swiglu_backward", "any", 128): Config(128, 128, 64, 8, 3, 1),
     ("swiglu_backward", "any", 64): Config(64, 64, 64, 8, 3, 2),
