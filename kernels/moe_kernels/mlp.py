@@ -135,8 +135,8 @@ def _expert_mlp(
     given = (x, gate_up, down, index, weight, counts, null_experts, weighting)
     if backend == "triton":
         return mlp_triton.forward(*given, keep)
-    y, h, *indices = mlp_torch.forward(*given)
-    return y, h if keep else h.new_empty(0), *indices
+    y, h, order, place, offsets = mlp_torch.forward(*given)
+    return y, h if keep else h.new_empty(0), order, place, offsets
 
 
 @_expert_mlp.register_fake
