@@ -1,5 +1,6 @@
 """Auxiliary-loss-free balancing of any module that has routers with an expert bias."""
 
+import logging
 import re
 import statistics
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from moe.parallel.ranks import all_reduce_sum, world_size
 
 __all__ = ["Balancer", "Load", "LoadCounter", "find_routers"]
 
+_log = logging.getLogger(__name__)
 _FIXED_POINT = 2**20  # a sum of weights travels as an integer: 2**43 tokens fit, to a millionth each
 
 
@@ -105,6 +107,7 @@ class Balancer:
         z_loss_alpha: float = 0.0,
     ) -> None:
         self._routers = find_routers(model)
+        self._said = False
         self._configure(
             BalanceConfig(
                 method=method,  # type: ignore[arg-type]
@@ -138,15 +141,29 @@ class Balancer:
 
     @torch.no_grad()
     def step(self) -> Load:
-        """Update every bias from the load since the last step, clear the load, and return it."""
-        load, margins = self._collect()
+        """Update every bias from the load since the last step, clear the load, and return it.
+
+        When no router of this process recorded any, the log says so, once.
+        """
         config = self._config
+        recorded = [router.tokens_per_expert for router in self._routers.values()]
+        if config.moves_biases and recorded and not any(isinstance(load, Tensor) for load in recorded):
+            self._say_nothing_recorded()
+        load, margins = self._collect()
         if config.method == "sign":
             update = partial(balance.sign_update, speed=config.bias_update_speed, centre=config.centre)
             self._move(load.tokens_per_expert, lambda bias, loads, _: update(bias, loads))
         elif config.method == "quantile":
             self._move(margins, partial(balance.quantile_update, step=config.quantile_step))
         return load
+
+    def _say_nothing_recorded(self) -> None:
+        if not self._said:
+            self._said = True
+            _log.warning(
+                "Balancer.step() found no load recorded since the last step, and moves no expert bias by it: run the "
+                "model before, in training mode, with gradients, and with routers that are trained"
+            )
 
     def _move(self, recorded: dict[str, Tensor], update: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         """Biases of all layers of one kind in one stacked update: its launches come once a step, not once a layer."""

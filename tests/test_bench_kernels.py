@@ -57,6 +57,51 @@ def test_prints_every_part(bench: ModuleType, case: dict, capsys: pytest.Capture
     assert loads["skewed"] > loads["balanced"] >= 1
 
 
+def test_master_weights_are_multiplied_under_autocast(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """fp32 weights beside bf16 activations: y is bf16, gradients of weights are fp32, and lines say which they are."""
+    case = bench.Case(32, 16, 8, 4, 2, torch.bfloat16, masters=True)
+    one = bench.Bench("tiny", case, "balanced", "cpu", 1)
+    one.check()
+    mine = one.contenders[one.mine]
+    y = mine.forward()
+    assert y.dtype == torch.bfloat16
+    kept = [t.dtype for t in torch.autograd.grad(y, mine.leaves, one.inputs.dy)]
+    assert kept == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    one.experts()
+    lines = lines_of(capsys)
+    assert "torch grouped_mm" in {line["peer_name"] for line in lines}
+    assert all(line["config"]["masters"] for line in lines)
+
+
+def test_alternatives_are_other_configurations_of_ours(
+    bench: ModuleType, case: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is launched within its own table, is checked and timed against ours; the table is as before afterwards."""
+    from moe_kernels.configs import config_for
+
+    def table() -> list:
+        kernels = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
+        return [config_for(kernel, torch.bfloat16, torch.device("cpu"), 128, True) for kernel in kernels]
+
+    one = bench.Bench("tiny", case["tiny"], "balanced", "cpu", 1, against_ourselves=True)
+    names = {name.rpartition(", ")[2]: contender for name, contender in one.contenders.items()}
+    assert set(names) == {one.mine, "plain", "pointers"}
+    before = table()
+    assert before[0].specialize
+    with names["plain"].within():
+        assert not table()[0].specialize
+        assert table()[1:] == before[1:]
+    with names["pointers"].within():
+        assert not any(config.tma for config in table())
+    assert table() == before
+    one.check()
+    one.experts()
+    lines = lines_of(capsys)
+    assert {line["peer_name"] for line in lines} == set(one.contenders) - {one.mine}
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cpu", "--alternatives"], case)
+
+
 def test_energy_mode_counts_joules(bench: ModuleType, case: dict, capsys: pytest.CaptureFixture[str]) -> None:
     """Every contender runs inside a meter's window; the number carries its source."""
     bench.main(["--device", "cpu", "--routing", "balanced", "--energy", "0.2"], case)

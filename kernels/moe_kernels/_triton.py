@@ -4,15 +4,11 @@ Kernel files say `from ._triton import tl, triton`. With the stand-in, `@triton.
  `KernelError` when launched, so nothing fails before someone asks for the Triton backend.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import KernelError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["HAVE_TRITON", "INTERPRETED", "VERSION", "on_device_of", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "INTERPRETED", "VERSION", "tl", "triton"]
 
 HAVE_TRITON = True
 INTERPRETED = False
@@ -65,12 +61,3 @@ except ImportError:
 
     triton: Any = _MissingTriton()  # type: ignore[no-redef]
     tl: Any = _MissingLanguage()  # type: ignore[no-redef]
-
-
-def on_device_of(tensor: "Tensor") -> AbstractContextManager[Any]:
-    """Make the tensor's device current for a launch: Triton launches on the current device, not on its arguments'."""
-    if not tensor.is_cuda:
-        return nullcontext()
-    import torch
-
-    return torch.cuda.device(tensor.device)

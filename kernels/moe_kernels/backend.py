@@ -1,17 +1,18 @@
 """Which implementation runs: `torch` (reference and fast CPU path) or `triton`.
 
-A module resolves its backend once, when it is built, and hands the name to every op:
+Every op resolves its `backend` argument by the device of its tensors, at each call; the answer for a device is worked
+out once and looked up afterwards:
 
-    backend = resolve(None, torch.device("cuda"))   # "triton" on a GPU of compute capability 8.0 or newer
-    y = expert_mlp(..., backend=backend)
+    y = expert_mlp(...)                     # triton on a GPU of compute capability 8.0 or newer
+    y = expert_mlp(..., backend="torch")    # torch
 
 An explicit name always wins and is never replaced: asking for `triton` where it cannot run is a `KernelError`. Left to
 itself, a GPU that Triton cannot run on gets `torch`, and the log says so once.
 
 Every op file registers a self-check when it is imported: the op forward and backward on a tiny problem, against the
 torch reference (see `agreement.py`). Resolving Triton on a CUDA device first runs those that have not passed there yet.
-An op resolves at each call, and its file imports those of the ops it is built of, so no kernel computes anything before
-it was checked: one that was compiled wrongly stops the run instead of training on wrong gradients.
+An op's file imports those of the ops it is built of, so no kernel computes anything before it was checked: one that was
+compiled wrongly stops the run instead of training on wrong gradients.
 """
 
 import logging
@@ -34,6 +35,7 @@ _checks: dict[str, Check] = {}  # by the name of the op
 # (op, device name, triton version, torch version) that agreed with the reference in this process
 _passed: set[tuple[str, str, str, str]] = set()
 _checking = Lock()
+_resolved: dict[tuple[str | None, str], str] = {}  # (backend asked for, device) -> answer, until another op registers
 
 
 def resolve(backend: str | None, device: torch.device | str) -> str:
@@ -49,6 +51,15 @@ def resolve(backend: str | None, device: torch.device | str) -> str:
 
 @torch.compiler.assume_constant_result
 def _resolve(backend: str | None, device_name: str) -> str:
+    answer = _resolved.get((backend, device_name))
+    if answer is None:
+        answer = _find(backend, device_name)
+        if device_name != "cuda":  # the current one, whichever that is
+            _resolved[backend, device_name] = answer
+    return answer
+
+
+def _find(backend: str | None, device_name: str) -> str:
     if backend not in (None, "torch", "triton"):
         raise KernelError(f"backend={backend!r} is unknown: use 'torch', 'triton' or None")
     device = torch.device(device_name)
@@ -89,6 +100,7 @@ def _obstacle(device: torch.device) -> str | None:
 def register_check(check: Check) -> None:
     """Have this op checked before Triton is used; the last statement of each op file."""
     _checks[check.op] = check
+    _resolved.clear()
 
 
 def registered_checks() -> list[Check]:
@@ -101,7 +113,7 @@ def _self_check(device: torch.device) -> None:
     with _checking:  # other threads wait for the verdict
         missing = [check for check in registered_checks() if (check.op, *here) not in _passed]
         if missing:
-            _say_once(f"checking the Triton kernels on {here[0]}: a minute or two where they were never compiled")
+            _say_once(f"checking the Triton kernels on {here[0]}: up to a minute where they were never compiled")
         for check in missing:
             check.run(device)
             _passed.add((check.op, *here))

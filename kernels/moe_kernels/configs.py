@@ -17,13 +17,17 @@ that an H200 wants; far below it only the bytes in flight count, and tiles are 1
 fp32 is multiplied in fp32 (`ieee`), not TF32: no tensor cores, the same small tiles everywhere.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from ._triton import INTERPRETED
 
-__all__ = ["Config", "capability_of", "config_for", "n_programs", "row_block"]
+__all__ = ["Config", "capability_of", "config_for", "families", "few_programs", "n_programs", "row_block"]
 
 
 class Config(NamedTuple):
@@ -75,9 +79,10 @@ _TABLE: dict[tuple[str, str, int], Config] = {
     ("swiglu", "odd", 16): Config(16, 32, 32, 4, 2, 2),
     ("swiglu", "fp32", 64): Config(64, 32, 32, 8, 2, 2, precision="ieee"),
     ("swiglu", "fp32", 16): Config(16, 32, 32, 4, 2, 2, precision="ieee"),
-    # The epilogue holds q, gate, up and what becomes of them beside each other: more than 128 columns spill.
+    # The epilogue holds q, gate, up and what becomes of them beside each other, of half the columns at a time: 256
+    # columns spill even so, and so do 128 at once.
     ("swiglu_backward", "tma", 128): Config(128, 128, 64, 8, 4, 1, tma=True),
-    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 2, tma=True),
+    ("swiglu_backward", "tma", 64): Config(64, 128, 64, 8, 4, 1, tma=True),
     ("swiglu_backward", "tma", 16): Config(16, 128, 128, 4, 3, 3, tma=True),
     ("swiglu_backward", "any", 128): Config(128, 128, 64, 8, 3, 1),
     ("swiglu_backward", "any", 64): Config(64, 64, 64, 8, 3, 2),
@@ -124,6 +129,11 @@ def row_block(dtype: torch.dtype, n_rows: int, n_experts: int) -> int:
     return 64 if per_expert < 256 or _by_fma(dtype) else 128
 
 
+def families(dtype: torch.dtype) -> list[tuple[int, bool]]:
+    """(rows of a tile, whether rows are of whole 16 bytes): every pair that has tiles of its own."""
+    return [(16, True), (64, True)] if _by_fma(dtype) else list(product((16, 64, 128), (True, False)))
+
+
 def _by_fma(dtype: torch.dtype) -> bool:
     """Whether products are without tensor cores. The interpreter takes the 16-bit tiles for fp32 too: it is quicker in
     few large ones, and they are what is to be tested."""
@@ -149,9 +159,23 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+_FEW = 3  # multiprocessors: some programs with several tiles, and not all with as many
+_few_programs: ContextVar[bool] = ContextVar("few_programs", default=False)
+
+
 def n_programs(config: Config, device: torch.device, work: int) -> int:
     """As many programs as run at once, or fewer when there is less work."""
-    multiprocessors = 3  # of the interpreter: some programs with several tiles, and not all with as many
-    if device.type == "cuda":
+    multiprocessors = _FEW  # of the interpreter
+    if device.type == "cuda" and not _few_programs.get():
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return min(multiprocessors * config.per_sm, work)
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    """Within it, in this thread, a small problem keeps each program busy with several tiles, as a large one does."""
+    token = _few_programs.set(True)
+    try:
+        yield
+    finally:
+        _few_programs.reset(token)

@@ -26,10 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from .agreement import Check, E, K, Side, T
 from .backend import register_check, resolve
 from .errors import KernelError
+from .launching import launch
 
 __all__ = ["Dispatch", "sort_by_expert"]
 
@@ -152,16 +153,18 @@ def _sort_triton(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[
     hist = torch.empty(n_blocks, n_experts, dtype=torch.int32, device=index.device)
     offsets = torch.empty(n_experts + 1, dtype=torch.int32, device=index.device)
     order, place = (torch.empty(n_rows, dtype=torch.int32, device=index.device) for _ in range(2))
-    with on_device_of(index):
-        if n_rows:
-            expert_histogram_kernel[(n_blocks,)](
-                flat, hist, total, n_rows, n_experts, COUNT=counts is None, BR=SORT_BLOCK, BE=block_e, num_warps=4
-            )
-        scan_histogram_kernel[(triton.cdiv(n_experts + 1, block_c),)](
-            hist, total, offsets, n_blocks, n_experts, BN=block_n, BC=block_c, BE=block_e, num_warps=4
-        )
-        if n_rows:
-            scatter_rows_kernel[(n_blocks,)](flat, hist, order, place, n_rows, n_experts, BR=SORT_BLOCK, num_warps=4)
+    if n_rows:
+        launch(
+            expert_histogram_kernel, (n_blocks,), flat, hist, total, n_rows, n_experts,
+            COUNT=counts is None, BR=SORT_BLOCK, BE=block_e, num_warps=4,
+        )  # fmt: skip
+    launch(
+        scan_histogram_kernel, (triton.cdiv(n_experts + 1, block_c),), hist, total, offsets, n_blocks, n_experts,
+        BN=block_n, BC=block_c, BE=block_e, num_warps=4,
+    )  # fmt: skip
+    if n_rows:
+        args = (flat, hist, order, place, n_rows, n_experts)
+        launch(scatter_rows_kernel, (n_blocks,), *args, BR=SORT_BLOCK, num_warps=4)
     return order, place, offsets
 
 

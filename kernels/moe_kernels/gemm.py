@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import gemm_torch, gemm_triton
-from .agreement import Check, D, F, Side
+from .agreement import Check, Side, normal, widths
 from .backend import register_check, resolve
-from .configs import row_block
+from .configs import families, row_block
 from .errors import KernelError
 from .tiles import TileSchedule, schedule_tiles
 
@@ -135,24 +135,20 @@ _grouped_gemm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
-    """A problem for each height of a tile. One expert has more rows than a tile; others have few, one or none. The last
-    has more than one tile of columns and more than one step."""
+    """One expert has more rows than a tile; others have few, one or none."""
     g = torch.Generator().manual_seed(0)
+    rows_of = {16: [0, 1, 70, 0, 5, 17, 11, 3, 2, 2, 0, 0], 64: [0, 3, 150, 64], 128: [400, 133]}
     found: dict[str, Tensor | None] = {}
-    for height, rows, n_in, n_out in (
-        ("16", [0, 1, 70, 0, 5, 17, 11, 3, 2, 2, 0, 0], D, F),
-        ("64", [0, 3, 150, 64], D, F),
-        ("128", [400, 133], 3 * D, 11 * F),
-    ):
-        if row_block(side.tested_dtype, sum(rows), len(rows)) != int(height):
-            continue  # fp32 has no tiles of 128 rows
+    for block, aligned in families(side.tested_dtype):
+        rows, (n_out, n_in) = rows_of[block], widths(block, aligned)
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(rows).cumsum(0)
-        x = side.leaf(torch.randn(sum(rows), n_in, generator=g))
-        w = side.leaf(torch.randn(len(rows), n_out, n_in, generator=g) / n_in**0.5)
+        x = side.leaf(normal(sum(rows), n_in, make=g))
+        w = side.leaf(normal(len(rows), n_out, n_in, make=g) / n_in**0.5)
         y = _grouped_gemm(x, w, offsets.to(side.device), side.backend)
-        y.backward(side.put(torch.randn(sum(rows), n_out, generator=g)), inputs=[x, w])
-        found |= {f"{name} of {height}-row tiles": t for name, t in (("y", y), ("dx", x.grad), ("dw", w.grad))}
+        y.backward(side.put(normal(sum(rows), n_out, make=g)), inputs=[x, w])
+        where = f"of {block}-row tiles, {n_in} by {n_out}"
+        found |= {f"{name} {where}": t for name, t in (("y", y), ("dx", x.grad), ("dw", w.grad))}
     return found
 
 

@@ -1,35 +1,17 @@
 """The grouped products by Triton: which kernel is launched how. Letters are those of `gemm.py`."""
 
-from contextvars import copy_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._triton import on_device_of, triton
+from ._triton import triton
 from .configs import Config, config_for, n_programs
 from .grouped_kernels import product_kernel, wgrad_kernel
+from .launching import launch
 from .tiles import GROUP, TileSchedule
 
-__all__ = ["as_it_lies", "launch", "product", "row_tile_options", "unit_of", "wgrad"]
-
-
-def launch(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> None:
-    """Launch on the device of the first tensor, with memory for the kernel's descriptors.
-
-    Triton asks a context variable for that memory. Autograd's threads have none set, and a caller's own is left alone:
-    the launch runs in a copy of the context.
-    """
-    context = copy_context()
-    with on_device_of(args[0]):
-        if args[0].is_cuda:
-            context.run(triton.set_allocator, _allocate)
-        context.run(kernel[(programs,)], *args, **options)
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Bytes on the current device; torch aligns to 512 and gives them again only to later work of the stream."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+__all__ = ["as_it_lies", "product", "row_tile_options", "unit_of", "wgrad"]
 
 
 def unit_of(*tensors: Tensor) -> int:
@@ -66,15 +48,15 @@ def row_tile_options(config: Config, unit: int, n_in: int, inputs_last: bool) ->
     }
 
 
-def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool, clear_rest: bool = False) -> Tensor:
+def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool) -> Tensor:
     """x @ w[e].T for w (E, O, I), or x @ w[e] when transposed; x contiguous, w in the same dtype.
 
-    Rows behind the last group hold 0 when clear_rest, else anything: no program writes them.
+    Rows behind the last group hold anything: no program writes them.
     """
     n_experts, n_out, n_in = w.shape
     if transposed:
         n_out, n_in = n_in, n_out
-    y = x.new_zeros(len(x), n_out) if clear_rest else x.new_empty(len(x), n_out)
+    y = x.new_empty(len(x), n_out)
     if y.numel() == 0:
         return y
     w, inputs_last = as_it_lies(w, transposed)
@@ -86,7 +68,7 @@ def product(x: Tensor, w: Tensor, tiles: TileSchedule, transposed: bool, clear_r
         "FLATTEN": config.flatten,
         "SPECIALIZE": config.specialize,
     }
-    launch(product_kernel, n_programs(config, x.device, work), args, options)
+    launch(product_kernel, (n_programs(config, x.device, work),), *args, **options)
     return y
 
 
@@ -127,5 +109,5 @@ def wgrad(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    launch(wgrad_kernel, n_programs(config, x.device, work), args, options)
+    launch(wgrad_kernel, (n_programs(config, x.device, work),), *args, **options)
     return dw

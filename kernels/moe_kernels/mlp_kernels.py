@@ -40,9 +40,10 @@ def swiglu_kernel(
     PRECISION: tl.constexpr,
     TOP_K: tl.constexpr,
     WEIGHTING: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """h[r] = x[token r] @ w[e(r)].T and a[r] = silu(gate) up of it, with w (E, 2F, D): a tile of gate and the one of up
-    that belongs to it per step.
+    that belongs to it per step. h is for the backward pass: stored if KEEP.
 
     4 R D F FLOP; (R D + 2 E D F + 3 R F) elements moved. With enough rows the tensor cores are the limit: on an H200
     (780 TFLOP/s, 4.3 TB/s) storing h and a in 16 bits takes 272 / D of the product's time, 13 % at D = 2048.
@@ -70,9 +71,10 @@ def swiglu_kernel(
             up = tl.dot(b_x, b_up, up, input_precision=PRECISION)
         o_f = col + tl.arange(0, BN)
         mask = m_row[:, None] & (o_f < n_hidden)[None, :]
-        p_gate = p_h + o_row.to(tl.int64)[:, None] * n_out + o_f[None, :]
-        tl.store(p_gate, gate.to(p_h.dtype.element_ty), mask=mask)
-        tl.store(p_gate + n_hidden, up.to(p_h.dtype.element_ty), mask=mask)
+        if KEEP:
+            p_gate = p_h + o_row.to(tl.int64)[:, None] * n_out + o_f[None, :]
+            tl.store(p_gate, gate.to(p_h.dtype.element_ty), mask=mask)
+            tl.store(p_gate + n_hidden, up.to(p_h.dtype.element_ty), mask=mask)
         weight = tl.load(p_weight + slot, mask=m_row, other=0.0)[:, None]
         if WEIGHTING == "before":
             gate *= weight

@@ -15,7 +15,8 @@ from ._triton import triton
 from .combine import sum_slots
 from .configs import config_for, n_programs, row_block
 from .dispatch import sort_rows
-from .gemm_triton import as_it_lies, launch, product, row_tile_options, unit_of, wgrad
+from .gemm_triton import as_it_lies, product, row_tile_options, unit_of, wgrad
+from .launching import launch
 from .mlp_kernels import swiglu_backward_kernel, swiglu_kernel
 from .tiles import TileSchedule, schedule_tiles
 
@@ -31,15 +32,17 @@ def forward(
     counts: Tensor | None,
     null_experts: int,
     weighting: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, order, place, offsets); h holds anything in the rows of null experts, which nothing reads."""
+    """(y, h, order, place, offsets); h is empty unless `keep`, and holds anything in the rows of null experts."""
     n_experts, top_k = gate_up.shape[0], index.shape[1]
     order, place, offsets = sort_rows(index, n_experts + null_experts, counts, "triton")
     offsets = offsets[: n_experts + 1]  # null experts come last: their rows lie behind every group
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
-    h, wa = swiglu_product(x.contiguous(), gate_up.to(x.dtype), order, _flat(weight), tiles, weighting)
-    out = product(wa, down.to(x.dtype), tiles, False, null_experts > 0)
-    return sum_slots(out, place, top_k, "triton"), h, order, place, offsets.clone() if null_experts else offsets
+    h, wa = swiglu_product(x.contiguous(), gate_up.to(x.dtype), order, _flat(weight), tiles, weighting, keep)
+    out = product(wa, down.to(x.dtype), tiles, False)
+    y = sum_slots(out, place, top_k, "triton", _end(offsets, null_experts))
+    return y, h, order, place, offsets.clone() if null_experts else offsets
 
 
 def backward(
@@ -61,9 +64,10 @@ def backward(
     n_experts, top_k = gate_up.shape[0], weight.shape[1]
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
-    dh, wa, d_weight = swiglu_backward_product(
-        dy, down.to(x.dtype), order, _flat(weight), h, tiles, weighting, null_experts > 0
-    )
+    end = _end(offsets, null_experts)
+    dh, wa, d_weight = swiglu_backward_product(dy, down.to(x.dtype), order, _flat(weight), h, tiles, weighting)
+    if end is not None:
+        d_weight.masked_fill_(place >= end, 0)  # of slots that no program writes
     d_x, d_gate_up, d_down = x.new_empty(0), gate_up.new_empty(0), down.new_empty(0)
     if need_down:
         d_down = wgrad(dy, wa, offsets, down.dtype, tiles.block, order, top_k, "dy")
@@ -71,8 +75,8 @@ def backward(
     if need_gate_up:
         d_gate_up = wgrad(dh, x, offsets, gate_up.dtype, tiles.block, order, top_k, "x")
     if need_x:
-        d_rows = product(dh, gate_up.to(x.dtype), tiles, True, null_experts > 0)
-        d_x = sum_slots(d_rows, place, top_k, "triton")
+        d_rows = product(dh, gate_up.to(x.dtype), tiles, True)
+        d_x = sum_slots(d_rows, place, top_k, "triton", end)
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 
@@ -80,15 +84,20 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.float().contiguous()
 
 
+def _end(offsets: Tensor, null_experts: int) -> Tensor | None:
+    """(1,) where the rows of null experts begin, which no product writes; None without such."""
+    return offsets[-1:] if null_experts else None
+
+
 # launchers
 
 
 def swiglu_product(
-    x: Tensor, gate_up: Tensor, order: Tensor, weight: Tensor, tiles: TileSchedule, weighting: str
+    x: Tensor, gate_up: Tensor, order: Tensor, weight: Tensor, tiles: TileSchedule, weighting: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """h (R, 2F) and wa (R, F) of x (T, D), gate_up (E, 2F, D) and weight (T, K) fp32."""
+    """h (R, 2F), empty unless `keep`, and wa (R, F) of x (T, D), gate_up (E, 2F, D) and weight (T, K) fp32."""
     n_experts, hidden, width = gate_up.shape[0], gate_up.shape[1] // 2, x.shape[1]
-    h, wa = x.new_empty(len(order), 2 * hidden), x.new_empty(len(order), hidden)
+    h, wa = x.new_empty((len(order), 2 * hidden) if keep else 0), x.new_empty(len(order), hidden)
     if wa.numel() == 0:
         return h, wa
     gate_up, inputs_last = as_it_lies(gate_up, False)
@@ -96,9 +105,12 @@ def swiglu_product(
     config = config_for("swiglu", x.dtype, x.device, tiles.block, unit > 1)
     work = len(tiles.tiles_N3) * triton.cdiv(hidden, config.cols)
     args = (x, gate_up, order, weight, h, wa, tiles.tiles_N3, tiles.count_1, n_experts, width, hidden)
-    options = row_tile_options(config, unit, width, inputs_last)
-    options |= {"TOP_K": weight.shape[1], "WEIGHTING": weighting}
-    launch(swiglu_kernel, n_programs(config, x.device, work), args, options)
+    options = row_tile_options(config, unit, width, inputs_last) | {
+        "TOP_K": weight.shape[1],
+        "WEIGHTING": weighting,
+        "KEEP": keep,
+    }
+    launch(swiglu_kernel, (n_programs(config, x.device, work),), *args, **options)
     return h, wa
 
 
@@ -110,11 +122,10 @@ def swiglu_backward_product(
     h: Tensor,
     tiles: TileSchedule,
     weighting: str,
-    some_unread: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh (R, 2F), wa (R, F) and dweight (T*K,) fp32 of dy (T, D), down (E, D, F), weight (T, K) fp32 and h (R, 2F).
 
-    some_unread: there may be rows behind the last group.
+    dweight holds anything for the slots of null experts.
     """
     n_experts, width, hidden = down.shape
     down, inputs_last = as_it_lies(down, True)
@@ -122,7 +133,7 @@ def swiglu_backward_product(
     unit = unit_of(dy, down, wa)
     config = config_for("swiglu_backward", dy.dtype, dy.device, tiles.block, unit > 1)
     n_parts = triton.cdiv(hidden, config.cols)
-    allot = torch.zeros if some_unread or weighting == "none" else torch.empty  # what no program writes is 0
+    allot = torch.zeros if weighting == "none" else torch.empty  # which writes none
     parts = allot(len(order), n_parts, dtype=torch.float32, device=dy.device)
     if wa.numel():
         work = len(tiles.tiles_N3) * n_parts
@@ -131,5 +142,5 @@ def swiglu_backward_product(
             "TOP_K": weight.shape[1],
             "WEIGHTING": weighting,
         }
-        launch(swiglu_backward_kernel, n_programs(config, dy.device, work), args, options)
+        launch(swiglu_backward_kernel, (n_programs(config, dy.device, work),), *args, **options)
     return dh, wa, parts.sum(1)

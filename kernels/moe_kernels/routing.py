@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .agreement import Check, E, K, Side, T
+from .agreement import Check, E, K, Side, T, normal, uniform
 from .backend import register_check, resolve
 from .errors import KernelError
 from .routing_backward import route_backward
@@ -308,12 +308,13 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
     """Both score functions; with and without groups, bias and statistics. Logits take few distinct values, so that many
     tie, and margins lie well inside their bins: scores may differ in the last bit between devices."""
     g = torch.Generator().manual_seed(0)
-    values = torch.randn(T, E, generator=g).mul(4).round().div(4)
-    g_weight, g_scores = torch.randn(T, K, generator=g), torch.randn(T, E, generator=g)
-    bias = side.put(torch.arange(E) // 3 * 2.0)  # keeps groups apart, whose scores are sums
-    slight = side.put(torch.arange(E) % 4 * 0.3)
+    values = normal(T, E, make=g).mul(4).round().div(4)
+    g_weight, g_scores = normal(T, K, make=g), normal(T, E, make=g)
+    expert = torch.arange(E, dtype=torch.float32)
+    bias = side.put(expert.div(3).floor() * 2)  # keeps groups apart, whose scores are sums
+    slight = side.put(expert % 4 * 0.3)
     chosen = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)]).to(side.device)
-    counted = (torch.rand(T, generator=g) < 0.8).to(side.device)
+    counted = (uniform(T, make=g) < 0.8).to(side.device)
     results: dict[str, Tensor | None] = {}
     for case, n_tokens, given in (
         ("greedy", T, (None, None, None, K, "sigmoid", "greedy", 1, 1, True, 1.0, False, 0)),

@@ -9,7 +9,8 @@ E = 128: 8 us at 4.3 TB/s), 4 more when the scores themselves have a gradient; t
 import torch
 from torch import Tensor
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
+from .launching import launch
 from .routing_forward import tokens_per_program
 from .routing_statistics import EPS
 
@@ -137,30 +138,31 @@ def _backward_triton(
         return d_logits
     block_e = triton.next_power_of_2(n_experts)
     block_t = tokens_per_program(block_e)
-    with on_device_of(scores):
-        topk_route_backward_kernel[(triton.cdiv(n_tokens, block_t),)](
-            scores if g_weight is None else g_weight.contiguous(),
-            scores if g_scores is None else g_scores.contiguous(),
-            scores if g_shares is None else g_shares.contiguous(),
-            scores,
-            index,
-            index if counted is None else counted.contiguous().view(torch.uint8),
-            d_logits,
-            n_tokens,
-            seq_len,
-            n_experts,
-            scale,
-            K=index.shape[1],
-            SOFTMAX=score_func == "softmax",
-            HAS_G_WEIGHT=g_weight is not None,
-            HAS_G_SCORES=g_scores is not None,
-            HAS_G_SHARES=g_shares is not None,
-            COUNTED=counted is not None,
-            NORMALISE=norm_topk_prob,
-            BT=block_t,
-            BE=block_e,
-            num_warps=4,
-        )
+    launch(
+        topk_route_backward_kernel,
+        (triton.cdiv(n_tokens, block_t),),
+        scores if g_weight is None else g_weight.contiguous(),
+        scores if g_scores is None else g_scores.contiguous(),
+        scores if g_shares is None else g_shares.contiguous(),
+        scores,
+        index,
+        index if counted is None else counted.contiguous().view(torch.uint8),
+        d_logits,
+        n_tokens,
+        seq_len,
+        n_experts,
+        scale,
+        K=index.shape[1],
+        SOFTMAX=score_func == "softmax",
+        HAS_G_WEIGHT=g_weight is not None,
+        HAS_G_SCORES=g_scores is not None,
+        HAS_G_SHARES=g_shares is not None,
+        COUNTED=counted is not None,
+        NORMALISE=norm_topk_prob,
+        BT=block_t,
+        BE=block_e,
+        num_warps=4,
+    )
     return d_logits
 
 

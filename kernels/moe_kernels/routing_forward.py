@@ -6,10 +6,11 @@ Formulae and example are in `routing.py` and `routing_statistics.py`.
 
 Bytes: logits read and scores written, 8 per expert and token; index and weight, 12 per choice. At T = 32768, E = 128,
 K = 8 that is 37 MB, 9 us at 4.3 TB/s; with K passes over keys in registers some 20 us are predicted on an H200, and one
-launch after one memset. Statistics read nothing again; each has a memset more. The margins add one atomic per token and
-expert (4 M, over the bins of every expert, some 30 us predicted), the rest one per program and expert. Taken from the
-scores afterwards, the margins are 17 launches, 13 of them over 17 to 34 MB, and the shares and preferences 13 forward
-and 12 backward, of which 15 are that large.
+launch after one memset. Statistics read nothing again; each has a memset more, and the shares two launches over B E
+numbers, which make fp32 of integers. The margins add one atomic per token and expert (4 M, over the bins of every
+expert, some 30 us predicted), the rest one per program and expert. Taken from the scores afterwards, the margins are 17
+launches, 13 of them over 17 to 34 MB, and the shares and preferences 13 forward and 12 backward, of which 15 are that
+large.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
+from .launching import launch
 from .routing_statistics import (
     EPS,
     MARGIN_BINS,
@@ -300,45 +302,46 @@ def _forward_triton(
         block_t = tokens_per_program(block_g * block_s)
         sequences = max(wanted.sequences, 1)
         seq_len = n_tokens // sequences
-        with on_device_of(logits):
-            topk_route_kernel[(sequences * triton.cdiv(seq_len, block_t),)](
-                logits,
-                logits if bias is None else bias.contiguous(),
-                index if chosen is None else chosen.contiguous(),
-                index if counted is None else counted.contiguous().view(torch.uint8),
-                index,
-                weight,
-                scores,
-                counts,
-                load,
-                margins,
-                preferred,
-                shares,
-                seq_len,
-                n_experts,
-                rule.scale,
-                K=rule.top_k,
-                N_GROUP=rule.n_group,
-                TOPK_GROUP=rule.topk_group,
-                GROUP_SIZE=group_size,
-                SOFTMAX=rule.score_func == "softmax",
-                HAS_BIAS=bias is not None,
-                CHOSEN=chosen is not None,
-                COUNTED=counted is not None,
-                MARGINS=wanted.margins,
-                SEQUENCES=wanted.sequences > 0,
-                GROUP_TOP2=rule.topk_method == "noaux_tc" and group_size > 1,
-                NORMALISE=rule.norm_topk_prob,
-                WIDTH=MARGIN_WIDTH,
-                REACH=MARGIN_REACH,
-                BINS=MARGIN_BINS,
-                ONE=_ONE,
-                BT=block_t,
-                BG=block_g,
-                BS=block_s,
-                BK=triton.next_power_of_2(rule.top_k),
-                num_warps=4,
-            )
+        launch(
+            topk_route_kernel,
+            (sequences * triton.cdiv(seq_len, block_t),),
+            logits,
+            logits if bias is None else bias.contiguous(),
+            index if chosen is None else chosen.contiguous(),
+            index if counted is None else counted.contiguous().view(torch.uint8),
+            index,
+            weight,
+            scores,
+            counts,
+            load,
+            margins,
+            preferred,
+            shares,
+            seq_len,
+            n_experts,
+            rule.scale,
+            K=rule.top_k,
+            N_GROUP=rule.n_group,
+            TOPK_GROUP=rule.topk_group,
+            GROUP_SIZE=group_size,
+            SOFTMAX=rule.score_func == "softmax",
+            HAS_BIAS=bias is not None,
+            CHOSEN=chosen is not None,
+            COUNTED=counted is not None,
+            MARGINS=wanted.margins,
+            SEQUENCES=wanted.sequences > 0,
+            GROUP_TOP2=rule.topk_method == "noaux_tc" and group_size > 1,
+            NORMALISE=rule.norm_topk_prob,
+            WIDTH=MARGIN_WIDTH,
+            REACH=MARGIN_REACH,
+            BINS=MARGIN_BINS,
+            ONE=_ONE,
+            BT=block_t,
+            BG=block_g,
+            BS=block_s,
+            BK=triton.next_power_of_2(rule.top_k),
+            num_warps=4,
+        )
     return weight, scores, index, counts, load, margins, preferred, shares.to(torch.float32) / _ONE
 
 

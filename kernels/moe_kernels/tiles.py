@@ -13,7 +13,7 @@ tiles of x and 16 column tiles of w, and what one of them brings into the L2 cac
 would sweep a wide expert's whole weight (Mixtral: 235 MB, more than the 50 MB of L2) once for every 128 rows: 128 FLOP
 a byte of memory, where an H200 wants 181.
 
-Bytes: 4 (E + 1) read by each of E programs from L2, 12 N written; nothing against a product, a launch of 2 us counts.
+Bytes: 4 (E + 1) read by each of E programs from L2, 12 N written; nothing against a product, a launch of 3 us counts.
 
 Example: BM = 2, offsets 0 3 3 4 -> tiles (0, 0, 2) (0, 2, 3) (2, 3, 4), count 3 of N = 4.
 """
@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
+from .launching import launch
 
 __all__ = ["GROUP", "TileSchedule", "schedule_tiles", "side_by_side", "tile_of"]
 
@@ -86,8 +87,7 @@ def schedule_tiles(offsets: Tensor, n_rows: int, block: int) -> TileSchedule:
     n_experts = offsets.numel() - 1
     most = triton.cdiv(n_rows, block) + n_experts - 1
     tiles, count = offsets.new_empty(most, 3), offsets.new_empty(1)
-    with on_device_of(offsets):
-        tile_schedule_kernel[(n_experts,)](
-            offsets, tiles, count, n_experts, BM=block, BE=triton.next_power_of_2(n_experts), BT=128, num_warps=4
-        )
+    args = (offsets, tiles, count, n_experts)
+    block_e = triton.next_power_of_2(n_experts)
+    launch(tile_schedule_kernel, (n_experts,), *args, BM=block, BE=block_e, BT=128, num_warps=4)
     return TileSchedule(tiles, count, block)

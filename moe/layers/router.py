@@ -5,11 +5,12 @@ weighted by the score alone, so the bias steers load without touching the output
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe import balance
 from moe.config.routing import routing_fault
@@ -135,8 +136,7 @@ class Router(nn.Module):
             KernelError: K, E and the groups do not fit together, or the backend cannot run here.
             ConfigError: a balance loss was asked for within reentrant activation checkpointing.
         """
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = _linear_in_fp32(x_TD, self.weight)
         recording = self.training and torch.is_grad_enabled() and self.weight.requires_grad
         need_shares = recording and self.loss_weights is not None and self.loss_weights.need_shares
         route, statistics = topk_route_with_statistics(
@@ -214,6 +214,33 @@ class Router(nn.Module):
         if before is not None and after is not None and after.dtype != torch.float32:
             self.expert_bias = before.to(after.device)
         return self
+
+
+def _linear_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, cast to fp32 first whatever autocast says."""
+    if x.dtype == torch.float32 or torch.compiler.is_compiling():  # the compiler casts again by itself
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
+    return _LinearInFp32.apply(x, weight)
+
+
+class _LinearInFp32(torch.autograd.Function):
+    """The same for 16-bit x, which it keeps as it is: in fp32 it would be kept once more, at twice the size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx = dy @ weight.float() if ctx.needs_input_grad[0] else None
+            dw = dy.t() @ x.float() if ctx.needs_input_grad[1] else None
+        return None if dx is None else dx.to(x.dtype), None if dw is None else dw.to(weight.dtype)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

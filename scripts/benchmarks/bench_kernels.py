@@ -1,6 +1,6 @@
 """The kernels at the shapes that matter, against their peers and against what the device can do.
 
-    scripts/bench kernels [--case NAME …] [--routing balanced skewed] [--seconds S] [--energy [S]] [--device cpu]
+    scripts/bench kernels [--case NAME …] [--routing balanced skewed] [--seconds S] [--energy [S] | --alternatives]
 
 Values and gradients of every contender are compared with the torch reference in fp32 before anything is timed: ours
 stops the run when it is wrong, a peer that is wrong or fails is named and left out. Parts of a case:
@@ -10,7 +10,8 @@ stops the run when it is wrong, a peer that is wrong or fails is named and left 
     router, sort, combine     the pieces that only move bytes: GB/s, at the fewest bytes they can move
 
 `floor_fraction` is the share reached of a large bf16 product, or of a large copy, measured in the same rounds. With
---energy every contender runs for ten seconds or S between two readings of the meter: joules a call.
+--energy every contender runs for ten seconds or S between two readings of the meter: joules a call. With --alternatives
+our own other configurations are the peers (`kernel_alternatives.py`).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from kernel_alternatives import alternatives
 from kernel_cases import CPU, GPU, ROUTINGS, Case, Inputs
 from kernel_peers import Contender, find_peers, grouped_mm_experts, ours, softmax_topk
 from measure import Times, hardware, note, paired_ratio, print_line, race
@@ -40,12 +42,20 @@ Work = dict[str, Callable[[], object]]
 class Bench:
     """One case with one routing on one device."""
 
-    def __init__(self, name: str, case: Case, routing: str, device: str, rounds: int) -> None:
+    def __init__(
+        self, name: str, case: Case, routing: str, device: str, rounds: int, *, against_ourselves: bool = False
+    ) -> None:
         self.name, self.case, self.device, self.rounds = f"{name}/{routing}", case, device, rounds
         self.backend = "triton" if device == "cuda" else "torch"
         self.inputs = Inputs(case, routing, device)
         self.mine = f"moe_kernels {self.backend}"
-        self.contenders = {self.mine: ours(self.inputs, self.backend), **find_peers(self.inputs)}
+        mine = ours(self.inputs, self.backend)
+        others = (
+            {f"{self.mine}, {other}": mine._replace(within=within) for other, within in alternatives(device).items()}
+            if against_ourselves
+            else find_peers(self.inputs)
+        )
+        self.contenders = {self.mine: mine, **others}
         side = PRODUCT_SIDE[device]
         square = torch.randn(side, side, device=device).to(case.dtype)
         self.product_flops = 2 * side**3
@@ -59,7 +69,8 @@ class Bench:
         names = ("x", "gate_up", "down", "weight")
         leaves = {n: getattr(self.inputs, n).detach().float().requires_grad_() for n in names}
         bound = BOUND[self.case.dtype]
-        wanted = results(ours(self.inputs.but(**leaves), "torch"), self.inputs.dy.float())
+        exact = self.inputs.but(case=self.case._replace(dtype=torch.float32, masters=False), **leaves)
+        wanted = results(ours(exact, "torch"), self.inputs.dy.float())
         for name, contender in list(self.contenders.items()):
             try:
                 found = results(contender, self.inputs.dy)
@@ -133,9 +144,16 @@ class Bench:
 
     def runs(self, contender: Contender, phase: str) -> Callable[[], object]:
         """The contender in a phase, as a function of nothing."""
-        if phase == "forward":
-            return torch.no_grad()(contender.forward)
-        return lambda: torch.autograd.grad(contender.forward(), contender.leaves, self.inputs.dy)
+
+        def forward() -> object:
+            with torch.no_grad(), contender.within():
+                return contender.forward()
+
+        def both() -> object:
+            with contender.within():
+                return torch.autograd.grad(contender.forward(), contender.leaves, self.inputs.dy)
+
+        return forward if phase == "forward" else both
 
     def peak_gib(self, contender: Contender) -> float | None:
         """The most device memory a forward and backward takes beside what was there before; None on a CPU."""
@@ -211,8 +229,9 @@ class Bench:
 
 def results(contender: Contender, dy: Tensor) -> list[Tensor]:
     """y and the gradients of x, gate_up, down and weight, in fp32 and our layout."""
-    y = contender.forward()
-    d_x, d_gate_up, d_down, d_weight = torch.autograd.grad(y, contender.leaves, dy)
+    with contender.within():
+        y = contender.forward()
+        d_x, d_gate_up, d_down, d_weight = torch.autograd.grad(y, contender.leaves, dy)
     return [t.float() for t in (y.detach(), d_x, contender.as_ours(d_gate_up), d_down, d_weight)]
 
 
@@ -246,24 +265,33 @@ def main(words: list[str] | None = None, cases: dict[str, Case] | None = None) -
     parser.add_argument("--routing", nargs="*", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further case after so many")
+    parser.add_argument(
+        "--alternatives", action="store_true", help="the experts against other configurations of themselves, on a GPU"
+    )
     parser.add_argument("--energy", type=float, nargs="?", const=10.0, metavar="S", help="joules instead of times")
     options = parser.parse_args(words)
     known = cases or (GPU if options.device == "cuda" else CPU)
     unknown = set(options.case or []) - set(known)
     if unknown:
         parser.error(f"--case {', '.join(sorted(unknown))} unknown: use {', '.join(known)}")
+    if options.alternatives and options.device == "cpu":
+        parser.error("--alternatives needs a GPU: on a CPU no kernel is launched")
     start = time.monotonic()
     for name in options.case or known:
         for routing in options.routing:
             if time.monotonic() - start > options.seconds:
                 note(f"{name}/{routing} is left out: {options.seconds:.0f} s are over")
                 continue
-            bench = Bench(name, known[name], routing, options.device, options.rounds)
+            bench = Bench(
+                name, known[name], routing, options.device, options.rounds, against_ourselves=options.alternatives
+            )
             bench.check()
             if options.energy:
                 bench.energy(options.energy)
                 continue
             bench.experts()
+            if options.alternatives:
+                continue
             bench.layer()
             if routing == options.routing[-1]:
                 bench.pieces()

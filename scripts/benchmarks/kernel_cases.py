@@ -22,7 +22,11 @@ ROUTINGS = {"balanced": 0.0, "skewed": 0.5}  # standard deviation of the experts
 
 
 class Case(NamedTuple):
-    """T tokens, D model, F hidden, E experts, K top-k, and the dtype of activations and weights."""
+    """T tokens, D model, F hidden, E experts, K top-k, and the dtype of activations and weights.
+
+    masters: experts' weights are fp32 and multiplied under autocast to `dtype`, as `train.precision=bf16` trains on one
+    GPU or under DistributedDataParallel; else of `dtype`, as FSDP and DeepSpeed give them.
+    """
 
     tokens: int
     model: int
@@ -30,10 +34,16 @@ class Case(NamedTuple):
     experts: int
     top_k: int
     dtype: torch.dtype = torch.bfloat16
+    masters: bool = False
 
     @property
     def rows(self) -> int:
         return self.tokens * self.top_k
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the experts' weights, and so of their gradients."""
+        return torch.float32 if self.masters else self.dtype
 
     @property
     def forward_flops(self) -> int:
@@ -63,9 +73,11 @@ GPU = {
     "deepseek-v3-rank": Case(8192, 7168, 2048, 32, 8),  # the 32 experts a rank of 8 holds, every choice among them
     "olmoe": Case(8192, 2048, 1024, 64, 8),
 }
+GPU["qwen3-30b-masters"] = GPU["qwen3-30b"]._replace(masters=True)
 CPU = {
     "tiny-fp32": Case(256, 64, 32, 16, 4, torch.float32),
     "tiny-bf16": Case(256, 64, 32, 16, 4, torch.bfloat16),
+    "tiny-masters": Case(256, 64, 32, 16, 4, torch.bfloat16, masters=True),
 }
 
 
@@ -75,8 +87,11 @@ class Inputs:
     def __init__(self, case: Case, routing: str, device: str) -> None:
         make = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(shape, generator=make, device=device).mul_(scale).to(case.dtype)
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+            return torch.randn(shape, generator=make, device=device).mul_(scale).to(dtype)
+
+        def weight(*shape: int) -> Tensor:
+            return normal(*shape, scale=shape[-1] ** -0.5, dtype=case.weight_dtype).requires_grad_()
 
         self.case, self.device = case, device
         x = normal(case.tokens, case.model)
@@ -84,8 +99,8 @@ class Inputs:
         router = torch.nn.functional.normalize(normal(case.experts, case.model))  # a longer row is chosen more often
         router[:, -1] = normal(case.experts, scale=ROUTINGS[routing])
         self.x, self.router = x.requires_grad_(), router.requires_grad_()
-        self.gate_up = normal(case.experts, 2 * case.hidden, case.model, scale=case.model**-0.5).requires_grad_()
-        self.down = normal(case.experts, case.model, case.hidden, scale=case.hidden**-0.5).requires_grad_()
+        self.gate_up = weight(case.experts, 2 * case.hidden, case.model)
+        self.down = weight(case.experts, case.model, case.hidden)
         self.dy = normal(case.tokens, case.model)
         with torch.no_grad():
             self.logits = (self.x @ self.router.t()).float()
@@ -99,7 +114,7 @@ class Inputs:
         """What the expert MLP is differentiated in."""
         return [self.x, self.gate_up, self.down, self.weight]
 
-    def but(self, **changed: Tensor) -> "Inputs":
+    def but(self, **changed: Tensor | Case) -> "Inputs":
         """The same inputs with some of them replaced."""
         other = copy.copy(self)
         vars(other).update(changed)

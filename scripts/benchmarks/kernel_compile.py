@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-__all__ = ["Compiled", "compile_launch", "declared_partitions", "fits", "identity"]
+__all__ = ["WARPS", "Compiled", "compile_launch", "declared_partitions", "fits", "identity"]
 
 REGISTERS, WARPS, BLOCKS, SHARED_RESERVED = 65536, 64, 32, 1024  # of a multiprocessor; bytes reserved a block
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}

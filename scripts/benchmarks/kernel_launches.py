@@ -77,7 +77,7 @@ class _PretendCuda(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"
         if func in (torch.Tensor.to, torch.Tensor.cuda):
-            args = tuple(a for a in args if not isinstance(a, torch.device))
+            args = tuple("meta" if isinstance(a, torch.device) else a for a in args)
         return func(*args, **kwargs)
 
 
@@ -91,10 +91,14 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name.startswith("aten::") and not func.is_view and "empty" not in name and name != "aten::detach":
-            tensors = [t for t in (*args, *(kwargs or {}).values(), out) if isinstance(t, Tensor)]
+        given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+        # `to` and its like are views by their schema, and copies by what they return
+        only_seen = func.is_view and _storage(out) in map(_storage, given)
+        if name.startswith("aten::") and not only_seen and "empty" not in name and name != "aten::detach":
+            tensors = [t for t in (*given, out) if isinstance(t, Tensor)]
             sizes = {_identity(t): t.numel() * t.itemsize for t in tensors}
-            self.found.append(Glue(name.removeprefix("aten::"), sum(sizes.values())))
+            if total := sum(sizes.values()):  # nothing is launched for empty tensors
+                self.found.append(Glue(name.removeprefix("aten::"), total))
         return out
 
 
@@ -136,6 +140,7 @@ def _device(arch: int, watch: TorchDispatchMode) -> Iterator[None]:
             if op._namespace == "moe_kernels":
                 enter(patch.object(op, "_abstract_fn", _within((mode, watch), op._init_fn)))
         enter(patch.object(backend, "_self_check", lambda device: None))
+        enter(patch.object(backend, "_resolved", {}))
         enter(patch.object(torch.cuda, "is_available", lambda: True))
         enter(patch.object(torch.cuda, "device", lambda device: ExitStack()))
         enter(patch.object(torch.cuda, "current_device", lambda: 0))
@@ -160,7 +165,13 @@ def _within(modes: tuple[AbstractContextManager[Any], ...], implementation: Call
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
     """Meta tensors have no address: their storage tells them apart."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), math.prod(tensor.shape)
+    return _storage(tensor), tensor.storage_offset(), math.prod(tensor.shape)
+
+
+def _storage(tensor: Any) -> int:
+    """Of a view of several tensors, the first one's."""
+    first = tensor if isinstance(tensor, Tensor) else tensor[0]
+    return first.untyped_storage()._cdata
 
 
 def described(launch: Launch) -> str:

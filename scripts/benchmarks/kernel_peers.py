@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +32,23 @@ class Contender(NamedTuple):
     forward   y (T, D)
     leaves    what gradients are taken in: x, gate_up, down, weight, as the contender stores them
     as_ours   its gradient of gate_up in our layout, gate rows first
+    within    what to be within while it runs, forward and backward
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     as_ours: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def ours(inputs: Inputs, backend: str) -> Contender:
-    """`expert_mlp` by the given backend."""
-    i = inputs
-    run = lambda: expert_mlp(i.x, i.gate_up, i.down, i.index, i.weight, tokens_per_expert=i.counts, backend=backend)  # noqa: E731
+    """`expert_mlp` by the given backend, under autocast where the weights are fp32 masters."""
+    i, case = inputs, inputs.case
+
+    def run() -> Tensor:
+        with torch.autocast(i.device, case.dtype, enabled=case.masters):
+            return expert_mlp(i.x, i.gate_up, i.down, i.index, i.weight, tokens_per_expert=i.counts, backend=backend)
+
     return Contender(run, i.leaves)
 
 
@@ -52,7 +59,11 @@ def softmax_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def grouped_mm_experts(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """What one writes with torch alone: sort, gather, two grouped products under autograd, weighted index_add."""
+    """What one writes with torch alone: sort, gather, two grouped products under autograd, weighted index_add.
+
+    Autocast does not know grouped_mm: master weights are cast by hand.
+    """
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     order = index.flatten().argsort(stable=True)
     token = order // index.shape[1]
     counts = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device)

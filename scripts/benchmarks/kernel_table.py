@@ -136,7 +136,8 @@ def prediction(name: str, units: dict[str, str]) -> str:
     forward = [predict(step, case.rows, units.get(step.name, "")) for step in record(WORK[f"{name}/inference"], 90)]
     whole = [predict(step, case.rows, units.get(step.name, "")) for step in record(WORK[name], 90)]
     rows = [f"| {s.name} | {s.flops / 1e9:.0f} | {s.bytes_moved / 1e6:.1f} | {s.seconds * 1e6:.0f} |" for s in whole]
-    title = f"\n### {name}: T={case.tokens} D={case.model} F={case.hidden} E={case.experts} K={case.top_k}\n\n"
+    title = f"\n### {name}: T={case.tokens} D={case.model} F={case.hidden} E={case.experts} K={case.top_k}, "
+    title += f"{'fp32 weights under autocast' if case.masters else 'bf16 weights'}\n\n"
     heading = "| step, in order | GFLOP | MB | us |\n|---|---:|---:|---:|\n"
     totals = total("Forward", forward, case.forward_flops) + total(
         "Forward and backward", whole, 3 * case.forward_flops

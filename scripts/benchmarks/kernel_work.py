@@ -3,13 +3,15 @@
 The shapes of `kernel_cases.py`, forward and backward with the router before the experts, then what they leave out:
 other dtypes, few rows an expert, sizes that no vector load fits or that Triton does not know to be a multiple of 16,
 weights that lie the other way round, other places of the routing weight, null experts, routing by groups or with
-choices given, an op by itself. To be called while launches are recorded, when tensors have no memory.
+choices given, an op by itself, what a benchmark tries beside the table. To be called while launches are recorded, when
+tensors have no memory.
 """
 
 from collections.abc import Callable
 from typing import Literal
 
 import torch
+from kernel_alternatives import alternatives
 from kernel_cases import GPU, Case
 from torch import Tensor
 
@@ -46,9 +48,9 @@ def _layer(
     def run() -> None:
         logits = _leaf(case.tokens, case.experts + null_experts)
         x = _leaf(case.tokens, case.model, dtype=case.dtype)
-        gate_up = _weight(case.experts, 2 * case.hidden, case.model, case.dtype, transposed)
-        down = _weight(case.experts, case.model, case.hidden, case.dtype, transposed)
-        with torch.set_grad_enabled(backward):
+        gate_up = _weight(case.experts, 2 * case.hidden, case.model, case.weight_dtype, transposed)
+        down = _weight(case.experts, case.model, case.hidden, case.weight_dtype, transposed)
+        with torch.set_grad_enabled(backward), torch.autocast("cuda", case.dtype, enabled=case.masters):
             index, weight, _, counts = topk_route(logits, top_k=case.top_k, score_func="softmax")
             y = expert_mlp(
                 x, gate_up, down, index, weight, tokens_per_expert=counts, null_experts=null_experts,
@@ -92,6 +94,14 @@ def _statistics(experts: int, top_k: int) -> Work:
     return run
 
 
+def _within(alternative: str, work: Work) -> Work:
+    def run() -> None:
+        with alternatives("cuda")[alternative]():
+            work()
+
+    return run
+
+
 def _sort(experts: int) -> Work:
     return lambda: sort_by_expert(torch.empty(8192, 8, dtype=torch.int64, device="cuda"), experts)
 
@@ -116,9 +126,8 @@ WORK: dict[str, Work] = {
     "4-rows-an-expert": _layer(_SMALL),
     "fp32/4-rows-an-expert": _layer(Case(64, 1024, 512, 64, 4, torch.float32)),
     "odd/4-rows-an-expert": _layer(Case(64, 1002, 345, 64, 4)),
-    "fp16": _layer(_QWEN3._replace(dtype=torch.float16)),
     "transposed": _layer(_QWEN3, transposed=True),
-    "transposed/4-rows-an-expert": _layer(_SMALL, transposed=True),
+    **{f"alternative-{name}": _within(name, _layer(_QWEN3)) for name in ("plain", "pointers")},
     "weighting-before": _layer(_QWEN3, weighting="before"),
     "weighting-none": _layer(_QWEN3, weighting="none"),
     "null-experts": _layer(_SMALL._replace(experts=112), null_experts=16),
@@ -130,10 +139,10 @@ WORK: dict[str, Work] = {
     "route-noaux-tc": _route(256, 8, "noaux_tc", 8, 4),
     "route-group-limited": _route(160, 6, "group_limited_greedy", 8, 3),
     "route-given": _route(256, 8, "noaux_tc", 8, 4, chosen=True),
-    "route-512": _route(512, 10, "greedy", 1, 1),
     "route-statistics": _statistics(256, 8),
     "sort": _sort(512),
     "gemm-fp32": _gemm(torch.float32, 65536, 2048, 1024),
+    "gemm-fp16": _gemm(torch.float16, 65536, 2048, 1024),
     "gemm": _gemm(torch.bfloat16, 65536, 2048, 1024),
     "gemm/64-rows-an-expert": _gemm(torch.bfloat16, 4096, 2048, 1024),
     "gemm/4-rows-an-expert": _gemm(torch.bfloat16, 256, 2048, 1024),

@@ -11,7 +11,7 @@ from typing import Any
 from gpu_check_part import ROOT, Part, main
 
 NOTHING_SELECTED = 5  # pytest's exit status for files without a GPU test
-# Of the part's time: one thread compiles every kernel of the checks, while the tests compile in several processes.
+# Of the part's time. It takes some seconds, or up to a minute where its kernels were never compiled.
 SELF_CHECK_SHARE = 0.75
 SELF_CHECK = "import moe_kernels.selfcheck; from moe_kernels import resolve; print('backend:', resolve(None, 'cuda'))"
 # without a GPU the self-check runs in Triton's interpreter, which must be chosen before triton is imported

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import moe_kernels
-from moe_kernels import KernelError, resolve
+from moe_kernels import KernelError, configs, resolve, tiles
 from moe_kernels import backend as backend_module
 from moe_kernels.selfcheck import check_kernels
 
@@ -59,6 +60,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(backend_module, "_passed", set())
+    monkeypatch.setattr(backend_module, "_resolved", {})
     monkeypatch.setattr(backend_module, "_said", set())
 
 
@@ -94,6 +96,18 @@ def test_self_check_runs_once_and_again_after_a_failure(monkeypatch: pytest.Monk
     for _ in range(2):
         with pytest.raises(KernelError, match="dx is off"):
             resolve(None, "cuda:0")
+
+
+def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of an op resolves; from the second on that is a look-up. `cuda` alone may be another each time."""
+    pretend_gpu(monkeypatch, (9, 0))
+    pretend_checks(monkeypatch)
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    assert [resolve(None, torch.device("cuda", 1)) for _ in range(3)] == ["triton"] * 3
+    assert asked == [torch.device("cuda:1")]
+    assert resolve(None, "cuda") == resolve(None, "cuda") == "triton"
+    assert len(asked) == 3
 
 
 def test_an_op_loaded_later_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,21 +187,55 @@ def test_everything_but_triton_works_without_triton() -> None:
 
 
 @pytest.mark.interpreter
-def test_self_check_passes_here() -> None:
-    """The kernels agree with torch in the interpreter, and it may be asked for on CPU tensors."""
+def test_self_check_covers_every_family_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes in the interpreter, with all of the table for 16 bits: each family is another program to the compiler,
+    and any of them may be the one that training uses. Some expert has more rows than one tile."""
     assert resolve("triton", "cpu") == "triton"
     assert resolve(None, "cpu") == "torch"
+    seen, several = set(), set()
+    make_config, make_tiles = configs.config_for, tiles.schedule_tiles
+
+    def config_for(kernel: str, dtype: torch.dtype, device: torch.device, block: int, aligned: bool) -> Any:
+        seen.add((kernel, block, aligned))
+        return make_config(kernel, dtype, device, block, aligned)
+
+    def schedule_tiles(offsets: torch.Tensor, n_rows: int, block: int) -> Any:
+        if int(offsets.diff().max()) > block:
+            several.add(block)
+        return make_tiles(offsets, n_rows, block)
+
+    for file in ("gemm_triton", "mlp_triton"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "config_for", config_for)
+    for file in ("gemm", "mlp_triton"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "schedule_tiles", schedule_tiles)
     check_kernels("cpu")
+    kernels = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
+    assert seen == set(product(kernels, (16, 64, 128), (True, False)))
+    assert several == {16, 64, 128}
+
+
+@pytest.fixture
+def one_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest tiles only: what is asked does not depend on them, and the interpreter is slow."""
+    for file in ("gemm", "mlp"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "families", lambda dtype: [(16, True)])
 
 
 @pytest.mark.interpreter
-def test_self_check_minds_no_mode_of_the_caller() -> None:
-    """The first use may come in inference, under autocast, or where new tensors go elsewhere."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        check_kernels("cpu")
+@pytest.mark.usefixtures("one_family")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_self_check_minds_no_mode_of_the_caller(default: torch.dtype) -> None:
+    """The first use may come in inference, under autocast, where new tensors go elsewhere or are of another dtype."""
+    torch.set_default_dtype(default)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            check_kernels("cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("one_family")
 def test_self_check_resolves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resolving waits for the check, so a check that resolved would wait for ever."""
 
@@ -200,6 +248,7 @@ def test_self_check_resolves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("one_family")
 @pytest.mark.parametrize(
     ("op", "file", "function", "wrong"),
     [
@@ -233,24 +282,7 @@ def test_self_check_catches_a_kernel_one_percent_off(
 
 
 @pytest.mark.interpreter
-def test_self_check_covers_every_height_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is another program to the compiler, and any of them may be the one that training uses."""
-    from moe_kernels import configs
-
-    seen = set()
-
-    def config_for(kernel: str, dtype: torch.dtype, device: torch.device, block: int, aligned: bool) -> Any:
-        seen.add((kernel, block))
-        return configs.config_for(kernel, dtype, device, block, aligned)
-
-    for file in ("gemm_triton", "mlp_triton"):
-        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "config_for", config_for)
-    check_kernels("cpu")
-    kernels = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
-    assert seen == {(kernel, height) for kernel in kernels for height in (16, 64, 128)}
-
-
-@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_family")
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["order", "place", "offsets"])
 def test_self_check_catches_one_row_out_of_place(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
     """Sorting has no one percent: a single wrong index is one too many."""

@@ -1,12 +1,13 @@
 """The table of tile sizes has an answer for every kernel, GPU, dtype and shape, and the right one."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_kernels import configs
-from moe_kernels.configs import config_for, n_programs, row_block
+from moe_kernels.configs import config_for, few_programs, n_programs, row_block
 
 KERNELS = ("product", "swiglu", "swiglu_backward", "wgrad", "wgrad_gathered")
 CPU = torch.device("cpu")
@@ -41,3 +42,14 @@ def test_no_more_programs_than_work() -> None:
     config = config_for("product", torch.bfloat16, CPU, 16, True)
     assert n_programs(config, CPU, 2) == 2
     assert n_programs(config, CPU, 1000) == 3 * config.per_sm
+
+
+def test_few_programs_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check's small problems must give each program several tiles on a GPU too."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    config = config_for("product", torch.bfloat16, CPU, 128, True)
+    assert n_programs(config, gpu, 1000) == 132
+    with few_programs():
+        assert n_programs(config, gpu, 1000) == 3
+    assert n_programs(config, gpu, 1000) == 132

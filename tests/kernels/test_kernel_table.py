@@ -42,6 +42,15 @@ def test_operations_of_a_layer_add_up() -> None:
         assert counted == times * case.forward_flops
 
 
+def test_master_weights_are_cast_once_a_pass() -> None:
+    """6 bytes a parameter forward and again backward, and gradients in fp32; weights of bf16 are not touched."""
+    case = GPU["qwen3-30b"]
+    parameters = 3 * case.experts * case.model * case.hidden
+    for work, passes in (("qwen3-30b-masters/inference", 1), ("qwen3-30b-masters", 2), ("qwen3-30b", 0)):
+        casts = [step.bytes_moved for step in record(WORK[work], 90) if isinstance(step, Glue) and step.name == "to"]
+        assert sum(size for size in casts if size > 2**20) == passes * 6 * parameters
+
+
 def test_prediction_takes_the_longer_of_two() -> None:
     """Bytes alone: 85 % of 4.3 TB/s and a launch of 3 us."""
     step = kernel_table.predict(Glue("index_select", 3_655_000_000), rows=1, unit="")

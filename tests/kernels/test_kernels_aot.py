@@ -5,6 +5,7 @@ is recorded, specialised as Triton does at run time, and compiled. So a kernel o
 as a call of `scripts/benchmarks/kernel_work.py` launches it.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ if not HAVE_TRITON or INTERPRETED:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))
 
-from kernel_compile import Compiled, compile_launch, declared_partitions, fits, identity
+from kernel_compile import WARPS, Compiled, compile_launch, declared_partitions, fits, identity
 from kernel_launches import DEVICES, Glue, Launch, described, record
 from kernel_work import WORK, architectures
 
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.aot
 
 MOST_COMPILES = 200  # of all tests here together: each takes half a second or more
 ODD = {"odd", "odd/4-rows-an-expert"}  # without vector loads anything is slow; it must be right
+UNTUNED = {"alternative-pointers"}  # its number of programs is right for another architecture
 UNIT = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 compiled: dict[str, Compiled] = {}
@@ -37,7 +39,8 @@ compiled: dict[str, Compiled] = {}
     [pytest.param(name, arch, id=f"{name}-sm_{arch}") for name in WORK for arch in architectures(name)],
 )
 def test_kernels_compile_and_fit(name: str, arch: int) -> None:
-    """No spills, shared memory within the device, the matrix unit for 16-bit products, partitions where declared."""
+    """No spills, shared memory within the device, the matrix unit for 16-bit products, partitions where declared; no
+    more persistent programs than run at once."""
     launches = [launch for launch in record(WORK[name], arch) if isinstance(launch, Launch)]
     assert launches
     faults = []
@@ -46,12 +49,12 @@ def test_kernels_compile_and_fit(name: str, arch: int) -> None:
         if key not in compiled:
             assert len(compiled) < MOST_COMPILES, "too many configurations: compile fewer of them here"
             compiled[key] = compile_launch(launch, arch)
-            found = faults_of(launch, compiled[key], arch, may_spill=name in ODD)
+            found = faults_of(launch, compiled[key], arch, may_spill=name in ODD, tuned=name not in UNTUNED)
             faults += [f"{launch.name} ({described(launch)}): {fault}" for fault in found]
     assert not faults, "\n".join(faults)
 
 
-def faults_of(launch: Launch, found: Compiled, arch: int, *, may_spill: bool) -> list[str]:
+def faults_of(launch: Launch, found: Compiled, arch: int, *, may_spill: bool, tuned: bool) -> list[str]:
     """What a compiled kernel lacks."""
     faults = []
     if found.stack and not may_spill:
@@ -63,6 +66,9 @@ def faults_of(launch: Launch, found: Compiled, arch: int, *, may_spill: bool) ->
     unit = UNIT[arch] if launch.values.get("BM", 64) >= 64 else "mma"
     if multiplies(launch) and halves and found.unit != unit:
         faults.append(f"multiplies with {found.unit or 'no matrix unit'}, not {unit}")
+    at_once = round(found.occupancy * WARPS / found.warps)  # blocks of a multiprocessor
+    if tuned and "tl.num_programs(" in launch.kernel.src and math.prod(launch.grid) > at_once * DEVICES[arch][0]:
+        faults.append(f"{math.prod(launch.grid)} persistent programs, and {at_once} run on a multiprocessor")
     if declared_partitions(launch) and not found.partitions:
         faults.append("declares warp specialisation, and the compiler made no partition")
     return faults

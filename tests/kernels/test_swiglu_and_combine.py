@@ -42,6 +42,14 @@ def test_combine_worked_example(place: Any) -> None:
     assert sum_slots(rows, slots, 2, place.backend).tolist() == [[40], [60]]
 
 
+def test_combine_skips_rows_of_null_experts(place: Any) -> None:
+    """They hold anything, NaN for example."""
+    rows = torch.tensor([[10.0], [20], [torch.nan], [torch.nan]], dtype=place.dtype, device=place.device)
+    slots = torch.tensor([2, 0, 1, 3], dtype=torch.int32, device=place.device)
+    end = torch.tensor([2], dtype=torch.int32, device=place.device)
+    assert sum_slots(rows, slots, 2, place.backend, end).tolist() == [[10], [20]]
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_combine_adds_in_fp32(place: Any) -> None:
     """Many slots of one sign: sums kept in 16 bits would stall. Odd width, more tokens than a block."""

@@ -105,6 +105,20 @@ def test_evaluation_and_no_grad_do_not_count() -> None:
     assert torch.equal(layer.router.expert_bias, torch.zeros(8))
 
 
+def test_a_step_without_load_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Who forgot `model.train()` sees why nothing balances; who recorded something, or moves no bias, sees nothing."""
+    layer, x = _layer().eval(), torch.randn(10, 16)
+    Balancer(layer, method="none").step()
+    balancer = Balancer(layer)
+    layer.train()(x)
+    balancer.step()
+    assert not caplog.records
+    for _ in range(2):
+        layer.eval()(x)
+        balancer.step()
+    assert ["in training mode" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_a_frozen_router_does_not_count() -> None:
     """A teacher in training mode, whose input has a gradient: its load is nobody's to balance."""
     layer = MoE(16, 8, num_experts_per_tok=2, moe_intermediate_size=8)

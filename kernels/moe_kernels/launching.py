@@ -1,0 +1,72 @@
+"""Launch a kernel on the device of its tensors, or only compile it, many at once.
+
+The host reads nothing that a kernel computes, so what an op launches is known without running it: within
+`compile_ahead` ops run on memory that nobody writes, and leave their kernels compiled. The compiler lets go of Python's
+lock for most of its time, and ptxas is a process of its own: two threads on two cores took 0.55 of one thread's time.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import triton
+
+__all__ = ["compile_ahead", "launch"]
+
+_MOST_THREADS = 16  # the self-check has some eighty kernels, about half a second each
+
+# of the thread that compiles ahead: others launch meanwhile
+_ahead: ContextVar[tuple[ThreadPoolExecutor, list[Future]] | None] = ContextVar("ahead", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch on the device of the first argument, with memory for the kernel's descriptors.
+
+    Triton asks a context variable for that memory. Autograd's threads have none set, and a caller's own is left alone:
+    the launch runs in a copy of the context.
+    """
+    if (ahead := _ahead.get()) is not None:
+        pool, tasks = ahead
+        tasks.append(pool.submit(_compile, kernel, grid, args, options))
+    elif args[0].is_cuda:
+        context = copy_context()
+        # Triton launches on the current device, not on its arguments'
+        with torch.cuda.device(args[0].device):
+            context.run(triton.set_allocator, _allocate)
+            context.run(kernel[grid], *args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Bytes on the current device; torch aligns to 512 and gives them again only to later work of the stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    with torch.cuda.device(args[0].device):
+        kernel.warmup(*args, grid=grid, **options)
+
+
+@contextmanager
+def compile_ahead() -> Iterator[None]:
+    """Within it this thread launches nothing, and what it would launch is compiled by several threads.
+
+    It ends when all is compiled. Raises what the compiler raises. Backward passes must be of this thread too
+    (`torch.autograd.set_multithreading_enabled`).
+    """
+    tasks: list[Future] = []
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        token = _ahead.set((pool, tasks))
+        try:
+            yield
+        finally:
+            _ahead.reset(token)
+    for task in tasks:
+        task.result()
