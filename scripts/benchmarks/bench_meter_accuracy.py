@@ -27,7 +27,7 @@ WITHIN_S = 100.0
 GROUPS = {"counter, gain 1": 24, "counter, gain": 40, "average, gain": 15, "instant, gain": 15}  # how many GPUs of each
 GOALS = {10.0: 0.005, 60.0: 0.001}  # largest error of a counter with gain 1, from so many seconds on
 GOAL_COVERED = 0.99
-PEER_LENGTHS_S = {0.5: 6, 1: 6, 2: 5, 5: 4, 10: 3, 30: 1}
+PEER_LENGTHS_S = {0.5: 5, 1: 5, 2: 4, 5: 3, 10: 2, 30: 1}
 PEER_GPUS = 12
 PEERS = {"zeus": "zeus", "codecarbon": "codecarbon"}  # tool, distribution
 
