@@ -13,7 +13,6 @@ the same kinds of GPU, one after the other in three runs; what cannot be measure
 """
 
 import argparse
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ GOALS = {10.0: 0.005, 60.0: 0.001}  # largest error of a counter with gain 1, fr
 GOAL_COVERED = 0.99
 PEER_LENGTHS_S = {0.5: 5, 1: 5, 2: 4, 5: 3, 10: 2, 30: 1}
 PEER_GPUS = 12
-PEERS = {"zeus": "zeus", "codecarbon": "codecarbon"}  # tool, distribution
+PEER_GROUPS = ("counter, gain 1", "average, gain 1", "instant, gain 1")
+PEERS = ("zeus", "codecarbon")  # tools, by the names of their distributions
 
 
 def make(group: str, number: int, seed: int, epoch_ns: int) -> list[FakeGpu]:
@@ -78,14 +78,15 @@ def _print_group(group: str, length_s: float | None, told: Sequence[Outcome], se
 
 def run_peers(python: str, seed: int) -> None:
     """Each tool in its turn, and a line for each peer and length: median errors, side by side."""
-    for group in ("counter, gain 1", "average, gain 1", "instant, gain 1"):
-        plan = sequence(PEER_LENGTHS_S, seed)
+    versions = {peer: _version(python, peer) for peer in PEERS}
+    for peer in [peer for peer, version in versions.items() if not version]:
+        note(f"bench meter-accuracy: {peer} is not installed in {python}")
+        del versions[peer]
+    plan = sequence(PEER_LENGTHS_S, seed)
+    for group in PEER_GROUPS if versions else ():
         ours = _try("ours", sys.executable, group, plan, seed)
-        for peer, distribution in PEERS.items():
-            version = _version(python, distribution)
-            theirs = _try(peer, python, group, plan, seed) if version else []
-            if not version:
-                note(f"bench meter-accuracy: {distribution} is not installed in {python}")
+        for peer, version in versions.items():
+            theirs = _try(peer, python, group, plan, seed)
             for length_s in PEER_LENGTHS_S if theirs else ():
                 sides = [[one for one in side if one.length_s == length_s] for side in (ours, theirs)]
                 a, b = (quantile(errors(side), 0.5) for side in sides)
@@ -94,7 +95,6 @@ def run_peers(python: str, seed: int) -> None:
                     unit="error, median", ratio=b / a, floor_fraction=None, hardware=hardware(),
                     config={
                         "ours": _numbers(sides[0]), "theirs": _numbers(sides[1]), "length_s": length_s, "seed": seed,
-                        "python": platform.python_version(),
                     },
                 )  # fmt: skip
 

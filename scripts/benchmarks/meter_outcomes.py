@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from meter_scenarios import LIMIT_W, NS, FakeGpu, FakeNode, Plan, Span, compile_library
+from meter_scenarios import LIMIT_W, NS, TICK_S, FakeGpu, FakeNode, Plan, Span, compile_library
 
 __all__ = ["Outcome", "ToolFailedError", "errors", "measure", "quantile", "share_covered", "widths"]
 
-LEAD_S = {"ours": 2.0, "zeus": 12.0, "codecarbon": 30.0}  # what each takes to start, and more
+LEAD_S = {"ours": 2.0, "zeus": 12.0, "codecarbon": 20.0}  # what each takes to start, and more
 PATIENCE_S = 60.0
 CHILD = Path(__file__).with_name("meter_windows.py")
-GAIN, TICK_S = 0.05, 0.1
+GAIN = 0.05
 
 
 class ToolFailedError(Exception):
@@ -32,7 +32,7 @@ class ToolFailedError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One window of one device, in joules and seconds."""
+    """One window of one device, in joules and (rounded down) seconds."""
 
     uuid: str
     length_s: float
@@ -81,13 +81,12 @@ def measure(tool: str, python: str, make: Callable[[int], list[FakeGpu]], spans:
         if process.returncode != 0:
             raise ToolFailedError((process.stderr.strip() or "it said nothing").splitlines()[-1])
         lines = results.read_text().splitlines()
-    lengths_s = {span.name: span.end_s - span.start_s for span in spans}
+    lengths_s = {span.name: span.length_s for span in spans}
     outcomes = []
     for told in map(json.loads, lines):
         gpu = gpus[told["uuid"]]
         truth_j = (gpu.energy_mj(told["end_ns"]) - gpu.energy_mj(told["start_ns"])) / 1000
-        length_s = round(lengths_s[told["span"]], 3)
-        outcomes.append(Outcome(gpu.uuid, length_s, truth_j, told["energy_j"], told["band_j"]))
+        outcomes.append(Outcome(gpu.uuid, lengths_s[told["span"]], truth_j, told["energy_j"], told["band_j"]))
     return outcomes
 
 

@@ -17,10 +17,23 @@ sys.path.insert(0, str(ROOT / "tests" / "energy"))  # the fake node is the tests
 
 from fake_node import FakeGpu, FakeNode, Knot, PowerScript, compile_library  # noqa: E402
 
-__all__ = ["LIMIT_W", "NS", "FakeGpu", "FakeNode", "Plan", "Span", "compile_library", "gpus", "sequence", "spans"]
+__all__ = [
+    "LIMIT_W",
+    "NS",
+    "TICK_S",
+    "FakeGpu",
+    "FakeNode",
+    "Plan",
+    "Span",
+    "compile_library",
+    "gpus",
+    "sequence",
+    "spans",
+]
 
 LIMIT_W = 700  # what the library gives as the largest limit
 PERIOD_S = 30
+TICK_S = 0.1
 GAIN_SPREAD = 50  # thousandths either way
 SHAPES = ("steps", "ramps", "bursts")
 NS = 10**9
@@ -35,9 +48,13 @@ CHIPS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Span:
-    """A window to be measured, in seconds after the epoch."""
+    """A window to be measured, in seconds after the epoch; up to a tick longer than `length_s`.
+
+    Were it whole ticks long, a plain read at each end would fall into the same part of one, and find no error.
+    """
 
     name: str
+    length_s: float
     start_s: float
     end_s: float
 
@@ -62,7 +79,7 @@ def gpus(chip: str, number: int, seed: int, epoch_ns: int, *, exact: bool = Fals
         shape = SHAPES[place % len(SHAPES)]
         gain = 1000 if exact else rng.randint(1000 - GAIN_SPREAD, 1000 + GAIN_SPREAD)
         script = PowerScript(
-            knots=_knots(shape, rng), counter_gain=gain, jitter_ns=5_000_000, power_tick_ns=NS // 10,
+            knots=_knots(shape, rng), counter_gain=gain, jitter_ns=5_000_000, power_tick_ns=round(TICK_S * NS),
             instant_ns=25_000_000,
         )  # fmt: skip
         uuid = f"GPU-{chip}-{'exact' if exact else 'gain'}-{shape}-{place}"
@@ -105,8 +122,9 @@ def spans(lengths_s: dict[float, int], within_s: float, seed: int) -> list[Span]
     found = []
     for length_s, number in lengths_s.items():
         for n in range(number):
-            start_s = rng.uniform(0, within_s - length_s)
-            found.append(Span(f"{length_s:g} s, {n}", start_s, start_s + length_s))
+            span_s = length_s + rng.uniform(0, TICK_S)
+            start_s = rng.uniform(0, within_s - span_s)
+            found.append(Span(f"{length_s:g} s, {n}", length_s, start_s, start_s + span_s))
     return found
 
 
@@ -117,7 +135,7 @@ def sequence(lengths_s: dict[float, int], seed: int) -> list[Span]:
     rng.shuffle(lengths)
     found, now_s = [], 0.0
     for n, length_s in enumerate(lengths):
-        now_s += rng.uniform(0.3, 0.5)
-        found.append(Span(f"{length_s:g} s, {n}", now_s, now_s + length_s))
-        now_s += length_s
+        start_s = now_s + rng.uniform(0.3, 0.5)
+        now_s = start_s + length_s + rng.uniform(0, TICK_S)
+        found.append(Span(f"{length_s:g} s, {n}", length_s, start_s, now_s))
     return found
