@@ -31,15 +31,17 @@ def curves(lines: Iterable[dict[str, Any]]) -> dict[str, list[Point]]:
             continue
         if "/" in rest:
             found.setdefault(line["peer_name"], []).append((length_s, 100 * line["peer"]))
-            found.setdefault("our meter", []).append((length_s, 100 * line["ours"]))
+            ours = found.setdefault("our meter", [])
+            if (length_s, 100 * line["ours"]) not in ours:  # it is told beside each peer
+                ours.append((length_s, 100 * line["ours"]))
         else:
-            for name in ("median", "p99", "max"):
+            for name in ("median", "max"):
                 found.setdefault(name, []).append((length_s, 100 * line["config"][f"error_{name}"]))
     return found
 
 
 def _panel(left: float, title: str, drawn: Sequence[tuple[str, list[Point], str, str]]) -> str:
-    """One set of axes; each curve has a name at its left end, a colour and dashes."""
+    """One set of axes; each curve has a name for the legend below, a colour and dashes."""
 
     def place(x: float, y: float) -> Point:
         share_x = math.log(x / SECONDS[0]) / math.log(SECONDS[-1] / SECONDS[0])
@@ -54,29 +56,29 @@ def _panel(left: float, title: str, drawn: Sequence[tuple[str, list[Point], str,
     for tick in SECONDS:
         x, y = place(tick, PERCENT[0])
         parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{tick:g}</text>')
-    for name, points, colour, dashes in drawn:
+    for place_in_legend, (name, points, colour, dashes) in enumerate(drawn):
         spots = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
+        x, y = left + 125 * place_in_legend, TOP + HEIGHT + 40
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}" fill="none"'
-        parts.append(f'<polyline points="{spots}" {style}/>')
-        x, y = place(*points[0])
-        parts.append(f'<text x="{x + 4:.1f}" y="{y - 6:.1f}" fill="{colour}">{name}</text>')
+        parts.append(f'<polyline points="{spots}" {style}/>\n<path d="M{x} {y}h24" {style}/>')
+        parts.append(f'<text x="{x + 30}" y="{y + 4}">{name}</text>')
     return "\n".join(parts)
 
 
 def picture(lines: Sequence[dict[str, Any]]) -> str:
     """Both panels over the length of the window."""
     found = curves(lines)
-    goals = [("goal" if n == 0 else "", [(a, y), (b, y)], GOAL, "2 3") for n, (a, b, y) in enumerate(GOALS)]
-    ours = [(name, found[name], OURS, dash) for name, dash in (("max", "6 3"), ("p99", "3 3"), ("median", ""))]
+    goals = [(x, goal) for start, end, goal in GOALS for x in (start, end)]
+    ours = [("median", found["median"], OURS, ""), ("largest", found["max"], OURS, "6 3"), ("goal", goals, GOAL, "2 3")]
     tools = [("our meter", found["our meter"], OURS, "")]
     for name, colour, dashes in (("zeus", ZEUS, ""), ("codecarbon", CODECARBON, "6 3")):
         tools += [(peer, points, colour, dashes) for peer, points in found.items() if peer.startswith(name)]
     right = LEFT + WIDTH + GAP
-    width, height = right + WIDTH + 20, TOP + HEIGHT + 60
+    width, height = right + WIDTH + 20, TOP + HEIGHT + 84
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="#fff"/>\n'
-        f"{_panel(LEFT, 'our meter, counter with gain 1: error', [*goals, *ours])}\n"
+        f"{_panel(LEFT, 'our meter on a counter with gain 1: error', ours)}\n"
         f"{_panel(right, 'median error of three tools, the same windows', tools)}\n"
         f'<text x="{width - 20}" y="{height - 14}" text-anchor="end">length of the window, seconds</text>\n</svg>\n'
     )
