@@ -88,6 +88,10 @@ def _print_report(
     console.print(phases)
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
     console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
+    if fold.per_step is not None:
+        step = fold.per_step
+        console.print(f"a step {joules(step.energy_j)}, the mean of {step.num_steps:,}")
+        console.print(f"phases and steps are {step.method}")
     console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
     print_footprint(console, footprint)
     for line in row("", *notes):

@@ -9,7 +9,9 @@ What the numbers mean
     useful         time (energy) of steps that survive in the final lineage: what a later segment redid is not useful.
                    None when the run never told its steps
     coverage       share of that time lying between two valid reads
-    band           sensor gain x energy, plus two ticks of full power per device and segment
+    band           sensor gain x energy, plus two ticks of full power per device and segment, plus three standard
+                   errors of what a power sensor did not see
+    per step       apportioned, like phases: energy between two readings is shared out by time
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from moe.energy.conditions import PowerCheck, check_power, summarize
 from moe.energy.ledger import MEND, Record, read_ledger
 from moe.energy.sources.base import COUNTERS, is_measured
 from moe.energy.timeline import UNATTRIBUTED, DeviceLine, Segment
-from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, Total
+from moe.energy.totals import DeviceTotal, PhaseTotal, SegmentSummary, StepEnergy, Total
 from moe.errors import LedgerError
 
 __all__ = ["FileFold", "Fold", "Lost", "device_hours_of", "fold_ledgers"]
@@ -168,6 +170,16 @@ class Fold:
         return next((file.segments[-1].tokens or None for file in self.files if file.segments), None)
 
     @property
+    def per_step(self) -> StepEnergy | None:
+        """What a step that survives took in the mean, all nodes together; None when the run told no step."""
+        first = self.files[0]
+        ends = [end for p in range(len(first.segments)) if (end := first.lineage_end(p)) is not None]
+        num_steps = ends[-1] - first.segments[0].header["resumed_step"] if ends else 0
+        if num_steps <= 0 or self.total.useful_energy_j is None:
+            return None
+        return StepEnergy(energy_j=self.total.useful_energy_j / num_steps, num_steps=num_steps)
+
+    @property
     def devices_at_once(self) -> int:
         """The most devices the run held at one moment, all nodes together: those its device-hours count."""
         spans = [
@@ -209,6 +221,7 @@ class Fold:
             "phases": {
                 name: {"energy_j": phase.energy_j, "elapsed_s": phase.elapsed_s} for name, phase in self.phases.items()
             },
+            "per_step": None if self.per_step is None else vars(self.per_step),
             "footprint": footprint or {},
             "segments": [vars(segment) for segment in self.segments],
         }

@@ -16,7 +16,7 @@ from moe.energy.clock import boottime_ns
 from moe.energy.conditions import CONDITIONS_S
 from moe.energy.sources.base import Conditioned, Source
 from moe.energy.track import DeviceTrack
-from moe.energy.window import Edge
+from moe.energy.window import Edge, Sample
 
 __all__ = ["Reader", "Reading"]
 
@@ -52,7 +52,7 @@ class Reader:
         node: Source | None = None,
     ) -> None:
         self.devices = tuple(device for source in sources for device in source.devices)
-        self.tracks = {device.uuid: DeviceTrack(device.source) for device in self.devices}
+        self.tracks = {device.uuid: DeviceTrack(device.source, device.seen) for device in self.devices}
         self.power_w: float | None = None
         self._sources = sources
         self._node = node
@@ -164,7 +164,9 @@ class Reader:
             tracks = self.tracks.items()
             energies_mj = {uuid: None if raw_mj.get(uuid) is None else track.energy_mj for uuid, track in tracks}
             covered_ns = {uuid: track.covered_ns for uuid, track in tracks}
-            waiting = [edge for edge in waiting if not edge.offer((at_ns, energies_mj, covered_ns))]
+            unseen_mj2 = {uuid: track.unseen_mj2 for uuid, track in tracks}
+            sample = Sample(at_ns, energies_mj, covered_ns, unseen_mj2)
+            waiting = [edge for edge in waiting if not edge.offer(sample)]
             if not waiting:
                 return
             time.sleep(POLL_S)

@@ -4,13 +4,14 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any
 
 from moe.energy.clock import parse_utc_ns
 from moe.energy.conditions import pick_conditions
 from moe.energy.ledger import Record
 from moe.energy.phases import LOST, PURPOSE_OF, STEP_PHASES
-from moe.energy.track import DeviceTrack
+from moe.energy.track import SIGMAS, DeviceTrack
 
 __all__ = ["UNATTRIBUTED", "DeviceLine", "Segment", "apportion"]
 
@@ -95,10 +96,11 @@ class DeviceLine:
         return round(self.energy_at(at_ns))
 
     def band_j(self) -> float:
-        """Sensor gain on all of it, and the quantisation of its two ends: at most a tick of full power each."""
+        """Sensor gain on all of it, at most a tick of full power at each end, and what a power sensor did not see."""
         p_max_w = self.device["p_max_w"] or self.max_power_w
         quantum_j = 2 * self.device["tick_s"] * p_max_w if self.energy_mj else 0.0
-        return self.energy_mj / 1000 * self.device["band"] + quantum_j
+        unseen_j = SIGMAS * sqrt(self.track.unseen_mj2) / 1000
+        return self.energy_mj / 1000 * self.device["band"] + quantum_j + unseen_j
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Segment:
         self.last_ns: int = header["boottime_ns"]
         self.utc_offset_ns = parse_utc_ns(header["utc"]) - header["boottime_ns"]
         self.end_reason: str | None = None
-        self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"])) for d in header["devices"]}
+        self.lines = {d["uuid"]: DeviceLine(d, DeviceTrack(d["source"], d.get("seen", 1.0))) for d in header["devices"]}
         self.node_points: list[tuple[int, int]] = []  # boottime_ns, millijoules of the whole node's counter
         self.spans: list[_Span] = []
         self.tokens: int = header["resumed_tokens"]  # of the lineage, as far as the last mark that told them

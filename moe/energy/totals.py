@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-__all__ = ["DeviceTotal", "LedgerPosition", "PhaseTotal", "SegmentSummary", "Total", "Totals"]
+__all__ = ["DeviceTotal", "LedgerPosition", "PhaseTotal", "SegmentSummary", "StepEnergy", "Total", "Totals"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,15 @@ class PhaseTotal:
     @property
     def energy_j(self) -> float:
         return self.energy_mj / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnergy:
+    """The mean step of the final lineage. No step is measured by itself: readings are a second apart, ticks 100 ms."""
+
+    energy_j: float
+    num_steps: int
+    method: str = "apportioned: the energy between two readings, shared out by time"
 
 
 @dataclass(frozen=True, kw_only=True)

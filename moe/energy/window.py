@@ -9,10 +9,12 @@ that does the work never waits; the result waits for the burst when it is asked 
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import sqrt
 from types import TracebackType
 
 from moe.energy.clock import boottime_ns
 from moe.energy.sources.base import Device
+from moe.energy.track import SIGMAS
 from moe.errors import SensorError
 
 __all__ = ["BURST_S", "Edge", "Sample", "Window"]
@@ -21,7 +23,15 @@ BURST_S = 0.1
 SMOOTH_TICK_S = 0.002  # a sensor that moves at least this often has no tick worth finding
 RESULT_WAIT_S = 2.0  # a reader that has not answered by then hangs in the driver
 
-Sample = tuple[int, Mapping[str, int | None], Mapping[str, int]]  # boottime_ns, energy_mj and covered_ns by uuid
+
+@dataclass(frozen=True)
+class Sample:
+    """One round of reads at a moment (boottime): by uuid the energy, and what `DeviceTrack` knows of it."""
+
+    at_ns: int
+    energies_mj: Mapping[str, int | None]
+    covered_ns: Mapping[str, int]
+    unseen_mj2: Mapping[str, float]
 
 
 @dataclass
@@ -42,23 +52,24 @@ class Edge:
         self.at_ns = boottime_ns()
         self.resolved = threading.Event()
         self.covered_ns: Mapping[str, int] = {}
+        self.unseen_mj2: Mapping[str, float] = {}
         self._devices = devices
         self._ticks: dict[str, _Tick] = {}
         self._first_ns: int | None = None
 
     def offer(self, sample: Sample) -> bool:
         """Take a sample in; True when no further one is needed. Failed devices are not waited for."""
-        at_ns, energies_mj, covered_ns = sample
+        at_ns = sample.at_ns
         if self._first_ns is None:
-            self._first_ns, self.covered_ns = at_ns, covered_ns
+            self._first_ns, self.covered_ns, self.unseen_mj2 = at_ns, sample.covered_ns, sample.unseen_mj2
         for device in self._devices:
-            energy_mj = energies_mj.get(device.uuid)
+            energy_mj = sample.energies_mj.get(device.uuid)
             if energy_mj is None:
                 continue
             tick = self._ticks.setdefault(device.uuid, _Tick(at_ns, energy_mj, at_ns))
             if tick.tick_ns is not None or at_ns == tick.first_ns:
                 continue
-            if device.tick_s <= SMOOTH_TICK_S:
+            if _moves_with_each_read(device):
                 tick.tick_ns, tick.tick_mj = at_ns, energy_mj
             elif energy_mj != tick.first_mj:
                 tick.tick_ns, tick.tick_mj = (tick.seen_ns + at_ns) // 2, energy_mj
@@ -76,21 +87,35 @@ class Edge:
             return None
         if tick.tick_ns is None:
             return float(tick.first_mj), (device.p_max_w or 0.0) * device.tick_s * 1000
-        # the counter held `first_mj` for one tick up to `tick_ns` (a smooth one: since the first sample)
-        smooth = device.tick_s <= SMOOTH_TICK_S
-        length_ns = tick.tick_ns - tick.first_ns if smooth else device.tick_s * 1e9
         step_mj = tick.tick_mj - tick.first_mj
-        energy_mj = tick.tick_mj - step_mj * (tick.tick_ns - self.at_ns) / max(length_ns, 1)
-        return energy_mj, float(step_mj)
+        if _moves_with_each_read(device):
+            length_ns = max(1, tick.tick_ns - tick.first_ns)
+            energy_mj = tick.first_mj - step_mj * (tick.first_ns - self.at_ns) / length_ns
+            if device.source != "integrated":
+                return energy_mj, float(step_mj)
+            # of a mean over the last tick_s, up to half can lie on the other side of the edge
+            power_mw = (device.p_max_w or 0.0) * 1000 or step_mj * 1e9 / length_ns
+            return energy_mj, power_mw * device.tick_s / 2
+        # the counter held `first_mj` for one tick up to `tick_ns`; before that it may have ticked after the edge
+        energy_mj = tick.tick_mj - step_mj * (tick.tick_ns - self.at_ns) / (device.tick_s * 1e9)
+        p_max_mw = (device.p_max_w or 0.0) * 1000 or step_mj / device.tick_s
+        late_s = min(tick.first_ns - self.at_ns, max(0, tick.tick_ns - self.at_ns - device.tick_s * 1e9)) / 1e9
+        return energy_mj, min(float(step_mj), p_max_mw * device.tick_s) + p_max_mw * late_s
+
+
+def _moves_with_each_read(device: Device) -> bool:
+    """Whether there is no tick to find: integrated power, and counters so quick that none is worth finding."""
+    return device.source == "integrated" or device.tick_s <= SMOOTH_TICK_S
 
 
 class Window:
     """The result. Its numbers can be asked for after the with block; before, they raise SensorError.
 
     energy_j   joules of all readable devices, None when no device could be read
-    elapsed_s  length of the block
+    elapsed_s  length of the block; start_ns, end_ns are its ends (boottime)
     coverage   share of devices x time between valid reads
-    band_j     sensor gain plus what the ticks at both ends leave open
+    band_j     sensor gain, plus what the ticks at both ends leave open, plus what a power sensor did not see
+    by_device  {uuid: (energy_j, band_j)} of the readable devices
     source, scope   of the devices, several joined with "+"
     """
 
@@ -121,32 +146,41 @@ class Window:
         self._end.resolved.wait(RESULT_WAIT_S)
         return self._start, self._end
 
-    def _energies_mj(self) -> dict[str, tuple[float, float]]:
-        """(energy, uncertainty of both ends) by uuid, for the devices read at both ends."""
-        start, end = self._edges()
-        energies = {}
-        for device in self.devices:
-            first, last = start.energy_mj(device), end.energy_mj(device)
-            if first is not None and last is not None:
-                energies[device.uuid] = (max(0.0, last[0] - first[0]), first[1] + last[1])
-        return energies
+    @property
+    def start_ns(self) -> int:
+        return self._edges()[0].at_ns
+
+    @property
+    def end_ns(self) -> int:
+        return self._edges()[1].at_ns
 
     @property
     def elapsed_s(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def by_device(self) -> dict[str, tuple[float, float]]:
         start, end = self._edges()
-        return (end.at_ns - start.at_ns) / 1e9
+        found = {}
+        for device in self.devices:
+            uuid, first, last = device.uuid, start.energy_mj(device), end.energy_mj(device)
+            if first is None or last is None:
+                continue
+            energy_mj = max(0.0, last[0] - first[0])
+            unseen_mj = sqrt(max(0.0, end.unseen_mj2.get(uuid, 0.0) - start.unseen_mj2.get(uuid, 0.0)))
+            band_mj = energy_mj * device.band + first[1] + last[1] + SIGMAS * unseen_mj
+            found[uuid] = (energy_mj / 1000, band_mj / 1000)
+        return found
 
     @property
     def energy_j(self) -> float | None:
-        energies = self._energies_mj()
-        return sum(energy_mj for energy_mj, _ in energies.values()) / 1000 if energies else None
+        parts = self.by_device.values()
+        return sum(energy_j for energy_j, _ in parts) if parts else None
 
     @property
     def band_j(self) -> float | None:
-        energies = self._energies_mj()
-        gains = {device.uuid: device.band for device in self.devices}
-        bands_mj = [energy_mj * gains[uuid] + open_mj for uuid, (energy_mj, open_mj) in energies.items()]
-        return sum(bands_mj) / 1000 if energies else None
+        parts = self.by_device.values()
+        return sum(band_j for _, band_j in parts) if parts else None
 
     @property
     def coverage(self) -> float:

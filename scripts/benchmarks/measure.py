@@ -83,7 +83,7 @@ def hardware(device: str = "cpu") -> str:
 
 
 def print_line(
-    bench: str, case: str, *, ours: float, peer: float, peer_name: str, unit: str, ratio: float,
+    bench: str, case: str, *, ours: float, peer: float | None, peer_name: str, unit: str, ratio: float | None,
     floor_fraction: float | None, hardware: str, config: dict[str, Any],
 ) -> None:  # fmt: skip
     """One line of a benchmark; ratio above 1 means ours is better."""

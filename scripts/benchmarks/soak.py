@@ -29,12 +29,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-a-kill", type=int, default=80)
     options = parser.parse_args(words)
-    sys.path.insert(0, str(ROOT / "tests" / "energy"))
-    from conftest import FakeGpu, FakeNode, _compile
+    sys.path.insert(0, str(ROOT / "tests" / "energy"))  # the fake node is the tests' own
+    from fake_node import FakeGpu, FakeNode, compile_library
 
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        node = FakeNode(_compile(folder), folder)
+        node = FakeNode(compile_library(folder), folder)
         gpu = node.set(FakeGpu(power1_mw=317_123, power2_mw=683_001, period_ns=1_300_000_000))
         soak = Soak(folder, node.env, gpu, **vars(options))
         soak.run()

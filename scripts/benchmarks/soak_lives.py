@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from moe.energy import fold_ledgers
+
+if TYPE_CHECKING:
+    from fake_node import FakeGpu
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "tests" / "trainer" / "soaked_recipe.py"
@@ -23,28 +26,6 @@ WORDS = ("train.checkpoint_every_steps=20", "train.eval_every_tokens=5120")
 START_S = 4.5  # of which three and a half load torch
 OFF_S = (2.0, 4.0)  # with the start that follows, longer than a flush interval
 PATIENCE_S = 120.0
-
-
-class Gpu(Protocol):
-    """What fake_nvml.c is told of its GPU."""
-
-    uuid: str
-    origin_ns: int
-    base_mj: int
-    tick_ns: int
-    power1_mw: int
-    power2_mw: int
-    period_ns: int
-
-
-def counter_mj(gpu: Gpu, at_ns: int) -> int:
-    """The truth: what the GPU's counter shows at a boottime."""
-    ticked_ns = (at_ns - gpu.origin_ns) // gpu.tick_ns * gpu.tick_ns
-    whole, rest_ns = divmod(ticked_ns, gpu.period_ns)
-    half_ns = gpu.period_ns // 2
-    mw_ns = whole * half_ns * (gpu.power1_mw + gpu.power2_mw)
-    mw_ns += min(rest_ns, half_ns) * gpu.power1_mw + max(0, rest_ns - half_ns) * gpu.power2_mw
-    return gpu.base_mj + mw_ns // 10**9
 
 
 def now_ns() -> int:
@@ -78,7 +59,7 @@ class Soak:
     """Trains the runs `whole` and `killed` in `folder`; `environment` makes NVML the fake one."""
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], gpu: Gpu, *, kills: int, seed: int, steps_a_kill: int
+        self, folder: Path, environment: Mapping[str, str], gpu: "FakeGpu", *, kills: int, seed: int, steps_a_kill: int
     ) -> None:
         self.folder, self.gpu, self.kills = folder, gpu, kills
         self.steps = steps_a_kill * kills + LAST_STEPS

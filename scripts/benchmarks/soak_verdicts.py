@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soak_lives import Life, Soak, counter_mj
+from soak_lives import Life, Soak
 
 from moe.energy import Fold, fold_ledgers
 from moe.rundir import read_metrics
@@ -52,7 +52,7 @@ class Verdicts:
         readings = [reading for part in self.parts for reading in part.readings]
         half_ns = self.gpu.tick_ns // 2
         shown = (
-            reading["energy_mj"] in [counter_mj(self.gpu, reading["boottime_ns"] + d) for d in (-half_ns, half_ns)]
+            reading["energy_mj"] in [self.gpu.counter_mj(reading["boottime_ns"] + d) for d in (-half_ns, half_ns)]
             for reading in readings
         )
         self.holds["every reading is what the counter showed within half a tick of its time"] = all(shown)
@@ -89,7 +89,7 @@ class Verdicts:
             first = self.parts[number].readings[0]
             between_mj, between_ns = (first[name] - last[name] for name in ("energy_mj", "boottime_ns"))
             share_mj = between_mj if between_ns <= FLUSH_NS else between_mj * FLUSH_NS // between_ns
-            used_mj = counter_mj(self.gpu, life.alive_ns) - last["energy_mj"]
+            used_mj = self.gpu.counter_mj(life.alive_ns) - last["energy_mj"]
             told_well = told_well and told_mj == share_mj and used_mj - self.tick_mj <= told_mj <= self.flush_mj
             rows.append((life, life.gone_ns - last["boottime_ns"], told_mj))
         kept_well = all(gap <= (FLUSH_NS if life.cut_bytes else 2 * INTERVAL_NS) for life, gap, _ in rows)

@@ -1,7 +1,10 @@
 """Folding ledgers written by hand, whose totals are known to the millijoule."""
 
+import itertools
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ A, B = "GPU-a", "GPU-b"
 class Scribe:
     """Writes one segment with times in seconds after boot."""
 
-    def __init__(self, path: Path, start_s: float, *, devices=(A,), source="counter", resumed=0, boot="boot-1") -> None:
+    def __init__(
+        self, path: Path, start_s: float, *, devices=(A,), source="counter", resumed=0, boot="boot-1", seen=1.0
+    ) -> None:
         self.writer = LedgerWriter(path)
         described = [
             {
@@ -29,6 +34,7 @@ class Scribe:
                 "scope": "gpu",
                 "band": 0.05,
                 "tick_s": 0.1,
+                "seen": seen,
                 "p_max_w": 700.0,
                 "note": None,
             }
@@ -151,6 +157,56 @@ def test_steps_that_a_resume_threw_away_are_not_useful(path):
     assert fold.total.unattributed_j == 200
     assert [segment.ended for segment in fold.segments] == ["lost", "end"]
     assert fold.phases["unattributed"].energy_mj == 200_000
+
+
+def test_energy_of_a_step_is_apportioned_and_says_so(path):
+    """Steps of 0.1 s between readings a second apart: the mean of the surviving 26, and how it came about."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.mark(1, 10, forward_backward=1.0)
+    scribe.read(1, 500_000)
+    scribe.mark(2, 20, forward_backward=0.5, evaluation=0.5)
+    scribe.read(2, 1_100_000)
+    scribe.close()
+    scribe = Scribe(path, 4, resumed=16)
+    scribe.read(4, 1_300_000)
+    scribe.mark(5, 26, forward_backward=1.0)
+    scribe.read(5, 2_000_000)
+    scribe.end(5)
+    fold = fold_ledgers([path])
+    assert fold.per_step.num_steps == 26
+    assert fold.per_step.energy_j == pytest.approx((500 + 0.6 * 300 + 700) / 26)
+    told = fold.to_json()["per_step"]
+    assert told["method"] == "apportioned: the energy between two readings, shared out by time"
+    done = subprocess.run(
+        [sys.executable, "-m", "moe.cli", "energy", "report", str(path)], capture_output=True, text=True, check=True
+    )
+    assert "a step 53.1 J, the mean of 26\nphases and steps are apportioned: the energy between" in done.stdout
+
+
+def test_a_run_that_told_no_step_has_no_energy_of_one(path):
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.mark(1, command=1.0)
+    scribe.read(1, 500_000)
+    scribe.end(1)
+    assert fold_ledgers([path]).to_json()["per_step"] is None
+
+
+def test_the_band_holds_what_an_instant_power_sensor_did_not_see(path):
+    """Reads of 25 ms in a second that scatter by 200 W: three standard errors of their sum; a counter has none."""
+    rng = random.Random(1)
+    reads_w = [500 + rng.choice((-200, 200)) for _ in range(401)]
+    energies_mj = [0, *itertools.accumulate(500 * (a + b) for a, b in itertools.pairwise(reads_w))]
+    for source, seen in (("integrated", 0.025), ("counter", 1.0)):
+        path.unlink(missing_ok=True)
+        scribe = Scribe(path, 0, source=source, seen=seen)
+        for second, energy_mj in enumerate(energies_mj):
+            scribe.read(second, energy_mj)
+        scribe.end(400)
+        total = fold_ledgers([path]).total
+        unseen_j = total.band_j - 0.05 * total.energy_j - 2 * 0.1 * 700
+        assert unseen_j == pytest.approx(3 * 200 * 400**0.5 if seen < 1 else 0, rel=0.15)
 
 
 def test_a_mark_across_the_cut_counts_in_proportion(path):
@@ -407,7 +463,7 @@ def test_the_json_has_the_contracts_keys(path):
     scribe.read(10, 1_000_000)
     scribe.end(10)
     report = fold_ledgers([path]).to_json()
-    assert list(report) == ["total", "devices", "phases", "footprint", "segments"]
+    assert list(report) == ["total", "devices", "phases", "per_step", "footprint", "segments"]
     needed = {"energy_j", "device_hours", "useful_device_hours", "band_j", "coverage", "unattributed_j", "scope"}
     assert needed <= report["total"].keys()
     assert {"uuid", "name", "source", "scope", "energy_j", "band_j", "coverage"} <= report["devices"][0].keys()

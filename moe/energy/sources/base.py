@@ -23,7 +23,9 @@ class Device:
     scope    what the joules cover: the accelerator alone (gpu), a Grace Hopper module with its processor and memory
              (module), or the host (node)
     band     declared sensor gain error, as a fraction of the energy
-    tick_s   how often the sensor's number changes; the quantisation of a window is at most two ticks of `p_max_w`
+    tick_s   how often the sensor's number changes; the quantisation of a window is at most two ticks of `p_max_w`. Of
+             integrated power: what one read is a mean over, or how far two reads lie apart
+    seen     share of the time between two reads that an integrated sensor sees; the rest is told from the spread
     p_max_w  the power the device cannot exceed; None where the sensor does not tell
     note     what a reader of the number must know, for instance that a whole GPU is billed for one MIG slice
     """
@@ -35,6 +37,7 @@ class Device:
     scope: Scope
     band: float
     tick_s: float
+    seen: float = 1.0
     p_max_w: float | None = None
     note: str | None = None
 

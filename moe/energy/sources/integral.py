@@ -1,4 +1,8 @@
-"""Energy from a sensor that tells only power: a trapezoid over the reads, in integer millijoules."""
+"""Energy from a sensor that tells only power, in integer millijoules.
+
+Power of the moment is integrated as a trapezoid over the reads. A mean over the last second is taken for the whole time
+since the read before: read once a second, that is exact, where a trapezoid would tell every change half a second late.
+"""
 
 from moe.energy.clock import boottime_ns
 
@@ -9,9 +13,10 @@ MAX_STEP_S = 5.0  # two power reads further apart than this say nothing about th
 
 
 class PowerIntegral:
-    """The energy since the first read."""
+    """The energy since the first read. `trailing`: the sensor tells a mean over the time before the read."""
 
-    def __init__(self) -> None:
+    def __init__(self, trailing: bool = False) -> None:
+        self._trailing = trailing
         self._energy_mj = 0.0
         self._last: tuple[int, float] | None = None  # boottime_ns, power_mw
 
@@ -23,7 +28,7 @@ class PowerIntegral:
             elapsed_s = (now - last[0]) / 1e9
             if elapsed_s > MAX_STEP_S:
                 raise ValueError(f"no power read for {elapsed_s:.1f} s")
-            self._energy_mj += elapsed_s * (power_mw + last[1]) / 2
+            self._energy_mj += elapsed_s * (power_mw if self._trailing else (power_mw + last[1]) / 2)
         return int(self._energy_mj)
 
     def forget(self) -> None:

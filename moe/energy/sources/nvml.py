@@ -37,7 +37,7 @@ class _Gpu:
         self.handle = handle
         self.device = device
         self.power = power
-        self.integral = PowerIntegral()
+        self.integral = PowerIntegral(trailing=power is not None and power.seen == 1.0)
         self.standstill = Standstill()
 
 
@@ -101,6 +101,7 @@ class NvmlSource:
             scope=scope,
             band=band,
             tick_s=COUNTER_TICK_S if counter else INTEGRATED_TICK_S,
+            seen=1.0 if counter or power is None else power.seen,
             p_max_w=self._p_max_w(handle),
             note="; ".join(notes) or None,
         )
