@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from moe.energy import Fold
     from moe.energy.footprint import Footprint
     from moe.energy.footprint.quantity import Interval, Quantity
+    from moe.runs import Components
 
 __all__ = ["joules", "print_footprint", "report", "row"]
 
@@ -73,12 +74,21 @@ def report(
         plain=plain,
     )
     footprint = footprint_of(fold, said)
+    components = _components_of(run, fold)
     if as_json:
-        print(json.dumps(fold.to_json(footprint.to_json()), indent=2, allow_nan=False))
+        printed = fold.to_json(footprint.to_json()) | {"components": components.to_json() if components else {}}
+        print(json.dumps(printed, indent=2, allow_nan=False))
         for note in [*fold.notes, *footprint.notes]:
             print(note, file=sys.stderr)
         return
-    _print_report(fold, footprint)
+    _print_report(fold, components, footprint)
+
+
+def _components_of(run: Path, fold: "Fold") -> "Components | None":
+    from moe.rundir import RunDir
+    from moe.runs import read_components
+
+    return read_components(RunDir(run), fold) if run.is_dir() else None
 
 
 def joules(energy_j: float | None) -> str:
@@ -95,7 +105,7 @@ def row(*words: str) -> list["Text"]:
     return [Text(printable(word)) for word in words]
 
 
-def _print_report(fold: "Fold", footprint: "Footprint") -> None:
+def _print_report(fold: "Fold", components: "Components | None", footprint: "Footprint") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -112,8 +122,15 @@ def _print_report(fold: "Fold", footprint: "Footprint") -> None:
     for name, phase in fold.phases.items():
         phases.add_row(*row(name, joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s"))
     console.print(phases)
+    if components:
+        parts_table = Table("component", "energy, apportioned by time", "a step")
+        for name, energy_mj in components.energy_mj.items():
+            parts_table.add_row(*row(name, joules(energy_mj / 1000), f"{components.step_s[name] * 1000:,.1f} ms"))
+        console.print(parts_table)
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
-    console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
+    console.print(f"device-hours held {total.device_hours:.6g}, of them useful {useful}")
+    useful = "not told" if total.useful_device_hours is None else joules(total.useful_energy_j)
+    console.print(f"energy {joules(total.energy_j)}, of it useful {useful}")
     console.print(f"segments {len(fold.segments)}, unattributed {joules(total.unattributed_j)}")
     print_footprint(console, footprint)
     for line in row("", *fold.notes, *footprint.notes):
