@@ -31,7 +31,7 @@ def branch(trunk: RunDir, step: int, decay_steps: int, name: str | None = None) 
     """Make the run `name`, beside `trunk`, that goes on from its checkpoint of `step` and decays over `decay_steps`.
 
     The trunk may still be training; it is only read. Checkpoint files are hard links where the disk has them. Counted
-    are the joules up to the trunk's last reading before the checkpoint, at most `energy.interval_s` earlier.
+    are the joules up to the trunk's last reading before the checkpoint, a few seconds earlier at most.
 
     Raises ConfigError for steps, a name or a schedule that do not fit, CheckpointError for a checkpoint that is not
     there or damaged, CompareError and LedgerError when the trunk's files cannot be read.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("environment", "nvml_probe", "kernels", "bench_kernels", "metered_runs", "kernel_energy")
+PARTS = ("environment", "nvml_probe", "kernels", "bench_kernels", "metered_runs", "kernel_energy", "attribution")
 
 # Absent on a bare GPU image; hidden as if they were not installed. An installation of this project is hidden too.
 BARE = """
@@ -72,7 +72,7 @@ def test_dry_run_on_a_bare_machine(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     table = result.stdout.splitlines()
     assert [line.split()[:2] for line in table[1:-1]] == [[part, "ok"] for part in PARTS]
-    assert table[-1].startswith("dry run on the CPU, no measurement: 6 ok, 0 failed, 0 skipped")
+    assert table[-1].startswith("dry run on the CPU, no measurement: 7 ok, 0 failed, 0 skipped")
 
     files = {path.name: path.stat().st_size for path in out.iterdir()}
     assert set(files) == {*(f"{part}.json" for part in PARTS), "summary.json", "nvml_trace.json", "logs.tar.gz"}
@@ -92,6 +92,12 @@ def test_dry_run_on_a_bare_machine(tmp_path: Path) -> None:
     assert found["kernels"]["tests"]["skipped"] > 100
     assert {line["case"].split("/")[2] for line in found["bench_kernels"]["lines"]} >= {"experts", "layer", "router"}
     assert all(line["unit"].startswith("J per") and line["ours"] > 0 for line in found["kernel_energy"]["lines"])
+    shares = found["attribution"]["components"]
+    assert set(shares) == {"attention", "router", "experts", "feed_forward", "head", "optimizer"}
+    assert all(share["by_time_j"] > 0 and share["alone_j"] > 0 for share in shares.values())
+    step_j = found["attribution"]["step_j"]
+    by_time_j = sum(share["by_time_j"] for share in shares.values()) + step_j["other_by_time"]
+    assert by_time_j == pytest.approx(step_j["whole"], rel=1e-6)
     runs = found["metered_runs"]
     for name in ("gpu_check_moe", "gpu_check_dense"):
         assert runs[name]["ledger"]["total"]["energy_j"] > 0

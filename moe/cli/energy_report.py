@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe.energy import Fold
     from moe.energy.footprint import Footprint, Stated
     from moe.energy.node import NodeReconciliation
+    from moe.runs import Components
 
 __all__ = ["report"]
 
@@ -46,14 +47,22 @@ def report(
     fold = fold_ledgers(ledgers_of(run))
     basis, nodes = Basis.of_run(fold), _nodes_of(fold, node) if node else None
     footprint = footprint_of(basis if nodes is None else basis.on_nodes(nodes), said)
+    components = _components_of(run, fold)
     notes = [*fold.notes, *(nodes.notes if nodes else ()), *footprint.notes]
     if as_json:
-        printed = fold.to_json(footprint.to_json()) | ({} if nodes is None else {"node": nodes.to_json()})
-        print(json.dumps(printed, indent=2, allow_nan=False))
+        printed = fold.to_json(footprint.to_json()) | {"components": components.to_json() if components else {}}
+        print(json.dumps(printed | ({} if nodes is None else {"node": nodes.to_json()}), indent=2, allow_nan=False))
         for note in notes:
             print(note, file=sys.stderr)
         return
-    _print_report(fold, nodes, footprint, notes)
+    _print_report(fold, components, nodes, footprint, notes)
+
+
+def _components_of(run: Path, fold: "Fold") -> "Components | None":
+    from moe.rundir import RunDir
+    from moe.runs import read_components
+
+    return read_components(RunDir(run), fold) if run.is_dir() else None
 
 
 def _nodes_of(fold: "Fold", words: list[str]) -> "NodeReconciliation":
@@ -64,7 +73,11 @@ def _nodes_of(fold: "Fold", words: list[str]) -> "NodeReconciliation":
 
 
 def _print_report(
-    fold: "Fold", nodes: "NodeReconciliation | None", footprint: "Footprint", notes: Sequence[str]
+    fold: "Fold",
+    components: "Components | None",
+    nodes: "NodeReconciliation | None",
+    footprint: "Footprint",
+    notes: Sequence[str],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -86,8 +99,15 @@ def _print_report(
     for name, phase in fold.phases.items():
         phases.add_row(*row(name, joules(phase.energy_j), f"{phase.elapsed_s:,.1f} s"))
     console.print(phases)
+    if components:
+        parts_table = Table("component", "energy, apportioned by time", "a step")
+        for name, energy_mj in components.energy_mj.items():
+            parts_table.add_row(*row(name, joules(energy_mj / 1000), f"{components.step_s[name] * 1000:,.1f} ms"))
+        console.print(parts_table)
     useful = "not told" if total.useful_device_hours is None else f"{total.useful_device_hours:.6g}"
-    console.print(f"device-hours {total.device_hours:.6g}, of them useful {useful}")
+    console.print(f"device-hours held {total.device_hours:.6g}, of them useful {useful}")
+    useful = "not told" if total.useful_device_hours is None else joules(total.useful_energy_j)
+    console.print(f"energy {joules(total.energy_j)}, of it useful {useful}")
     if fold.per_step is not None:
         step = fold.per_step
         console.print(f"a step {joules(step.energy_j)}, the mean of {step.num_steps:,}")

@@ -26,7 +26,13 @@ class EnergyConfig(Section):
         doc="what a kilowatt-hour costs, in the same currency; train.max_cost takes both prices together",
         may_change=True,
     )
-    interval_s: float = setting(1.0, at_least=0.1, at_most=60, doc="seconds between sensor readings", may_change=True)
+    interval_s: float = setting(
+        1.0,
+        at_least=0.1,
+        at_most=60,
+        doc="seconds between sensor readings; from 1 on longer where reading is dear",
+        may_change=True,
+    )
 
     @property
     def has_no_price(self) -> bool:

@@ -144,7 +144,7 @@ class LedgerWriter:
         return self.append_all([(kind, at_ns, fields)])
 
     def append_all(self, records: Iterable[tuple[str, int | None, Mapping[str, Any]]]) -> int:
-        """Add records (kind, at_ns, fields) with one write: a thread that wakes once a second finds every call cold."""
+        """Add records (kind, at_ns, fields) with one write; fields hold the `utc` of those that had to wait."""
         with self._lock:
             for kind, at_ns, fields in records:
                 record = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns
+from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns, utc_now
 from moe.energy.fold import NS_PER_HOUR, FileFold, device_hours_of
 from moe.energy.ledger import LedgerWriter, Record
 from moe.energy.locks import Lock, lock_device, lock_ledger
@@ -51,8 +51,8 @@ class EnergyMeter:
     ledger            file to append to (a new segment of it); None keeps everything in memory
     devices           GPU UUIDs; None or [] is this host's processors (RAPL, else an estimate)
     declared_power_w  watts per device: replaces every sensor, and the source says `declared`
-    interval_s        between readings; a GPU's counter moves every 0.1 s
-    flush_s           between fsyncs: what a power cut may cost
+    interval_s        between readings, and from a second on longer where they cost too much (`Reader`)
+    flush_s           between writes to the ledger: what a kill or a power cut may cost
     resumed_step, resumed_tokens  where the lineage stands as this segment begins
     sources           sensors of one's own, instead of `devices`
     node              a counter of the whole node, kept beside GPUs and never added to them; by default the one there is
@@ -92,14 +92,14 @@ class EnergyMeter:
         self._resumed = (resumed_step, resumed_tokens)
         self._locks: list[Lock] = []
         self._base_mj, self._base_hours, self._has_base = 0, 0.0, False
-        self._base_sources: set[str] = set()
-        self._base_scopes: set[str] = set()
+        self._names = ("", "", True)  # source, scope and measured of the whole ledger
         self._prior: FileFold | None = None
-        self._marks_lock = threading.Lock()
+        self._records: list[tuple[str, int | None, dict[str, Any]]] = []  # not yet written
+        self._records_lock = threading.Lock()
         self._running = False
         self._start_ns = self._ended_ns = self._synced_ns = 0
         self._writer = LedgerWriter(None)
-        self._reader = Reader((), interval_s, self._on_reading)
+        self._reader = Reader((), interval_s, interval_s, self._on_reading)
 
     def start(self) -> "EnergyMeter":
         """Open sensors and ledger, write the `segment` line and the first reading, start the reader thread."""
@@ -125,12 +125,12 @@ class EnergyMeter:
                 raise LedgerError(f"folder of ledger {self.path} cannot be made ({error.strerror})") from None
             self._locks.append(lock_ledger(self.path))
         self._sources = select_sources(*self._wanted) if self._given_sources is None else self._given_sources
-        self._refuse_rare_reads()
+        longest_s = self._longest_s()
         self._prior = prior = FileFold(self.path)
         self._writer = LedgerWriter(self.path, on_record=self._see)
         if self._node is None and any(device.kind == "gpu" for source in self._sources for device in source.devices):
             self._node = node_counter()
-        self._reader = Reader(self._sources, self._interval_s, self._on_reading, self._node)
+        self._reader = Reader(self._sources, self._interval_s, longest_s, self._on_reading, self._node)
         self._start_ns = boottime_ns()
         if self.path is not None and not _startup_claimed:
             self._start_ns, _startup_claimed = self._device_time_start_ns(prior), True
@@ -139,18 +139,19 @@ class EnergyMeter:
         self._phases.cut()
         self._phases.enter("idle")
         self._reader.start()
+        self._write()
         self._prior = None
         self._add_up_prior(prior)
-        self._sync()
 
-    def _refuse_rare_reads(self) -> None:
-        """A power that is read too rarely says nothing of the time between; a counter can wait."""
+    def _longest_s(self) -> float:
+        """Between two readings at most: a counter can wait for a flush, a power tells nothing of the time between."""
         integrated = [d.uuid for source in self._sources for d in source.devices if d.source == "integrated"]
         if integrated and self._interval_s > READ_EVERY_S:
             raise ConfigError(
                 f"energy.interval_s={self._interval_s:g} is too long for {integrated[0]}, which tells power and no "
                 f"energy: give at most {READ_EVERY_S:g}"
             )
+        return self._interval_s if integrated else max(self._interval_s, self._flush_s - self._interval_s)
 
     def _device_time_start_ns(self, prior: FileFold) -> int:
         """When this segment's device time began: never before the end of the segment before, which billed it."""
@@ -211,9 +212,9 @@ class EnergyMeter:
         atexit.unregister(self.stop)
         answered = self._reader.stop()
         self._phases.cut()
-        self._write_marks()
         self._ended_ns = boottime_ns()
-        self._writer.append("end", self._ended_ns, reason=reason if answered else f"{reason}; the last read hung")
+        end = {"reason": reason if answered else f"{reason}; the last read hung"}
+        self._write([("end", self._ended_ns, end)])
         self._writer.close()
         self._release(close_sources=answered)
 
@@ -260,8 +261,7 @@ class EnergyMeter:
             self.progress(step, tokens)
         if self._running:
             self._phases.cut()
-            self._write_marks()
-            self._sync()
+            self._write()
         return {"segment": self.segment, "seq": self._writer.last_seq}
 
     def window(self, name: str) -> Window:
@@ -287,18 +287,19 @@ class EnergyMeter:
 
     def snapshot(self) -> Totals:
         """The whole ledger's totals up to the last reading; a few microseconds."""
-        energies_mj = [track.energy_mj for track in self._reader.tracks.values() if track.energy_mj is not None]
-        known = self._has_base or bool(energies_mj)
+        energy_mj, known = self._base_mj, self._has_base
+        for track in self._reader.tracks.values():
+            if track.energy_mj is not None:
+                energy_mj, known = energy_mj + track.energy_mj, True
         now_ns = boottime_ns() if self._running else self._ended_ns
-        sources = self._base_sources | {device.source for device in self.devices}
-        hours = self._base_hours + len(self.devices) * (now_ns - self._start_ns) / NS_PER_HOUR
+        source, scope, measured = self._names
         return Totals(
-            energy_j=(self._base_mj + sum(energies_mj)) / 1000 if known else None,
-            device_hours=hours,
+            energy_j=energy_mj / 1000 if known else None,
+            device_hours=self._base_hours + len(self.devices) * (now_ns - self._start_ns) / NS_PER_HOUR,
             power_w=self._reader.power_w,
-            source="+".join(sorted(sources)),
-            scope="+".join(sorted(self._base_scopes | {device.scope for device in self.devices})),
-            measured=all(is_measured(source) for source in sources),
+            source=source,
+            scope=scope,
+            measured=measured,
         )
 
     def _see(self, record: Record) -> None:
@@ -311,40 +312,59 @@ class EnergyMeter:
         self._has_base = prior.has_reading
         earlier = prior.segments[:-1]
         self._base_hours = sum(device_hours_of(segment) for segment in earlier)
-        devices = [line.device for segment in earlier for line in segment.lines.values()]
-        self._base_sources = {device["source"] for device in devices}
-        self._base_scopes = {device["scope"] for device in devices}
+        devices = [line.device for segment in prior.segments for line in segment.lines.values()]
+        self._names = (
+            "+".join(sorted({device["source"] for device in devices})),
+            "+".join(sorted({device["scope"] for device in devices})),
+            all(is_measured(device["source"]) for device in devices),
+        )
         lost_j = sum(prior.unattributed_mj(len(prior.segments) - 1).values()) / 1000
         if earlier and earlier[-1].end_reason is None and not lost_j:
             self._writer.append("gap", device=None, reason="reset", detail="the segment before was lost with its end")
 
-    def _on_reading(self, reading: Reading) -> None:
-        """Write what the reader found (called in its thread): gaps, readings, and the time since the last mark."""
+    def _on_reading(self, reading: Reading, pause_s: float) -> None:
+        """Keep what the reader found (called in its thread): gaps, readings, and the time since the last mark.
+
+        Written when at the next reading, `pause_s` later, it would be more than `flush_s` old: a thread that wakes once
+        a second finds every call cold, and a hash or a write costs several times what it does in a row of them.
+        """
+        utc = utc_now()
         records: list[tuple[str, int | None, dict[str, Any]]] = [
-            ("gap", reading.at_ns, {"device": uuid, "reason": event, "detail": detail})
+            ("gap", reading.at_ns, {"utc": utc, "device": uuid, "reason": event, "detail": detail})
             for uuid, event, detail in reading.gaps
         ]
         node = {} if reading.node_mj is None else {"node_energy_mj": reading.node_mj}
         for uuid, raw_mj in reading.raw_mj.items():
             if raw_mj is not None:
-                fields = {"device": uuid, "energy_mj": raw_mj, **reading.conditions.get(uuid, {}), **node}
+                conditions = reading.conditions.get(uuid, {})
+                fields = {"utc": utc, "device": uuid, "energy_mj": raw_mj, **conditions, **node}
                 records.append(("reading", reading.at_ns, fields))
                 node = {}  # on the first line of a round
         self._phases.cut()
-        self._write_marks(records)
-        if boottime_ns() - self._synced_ns > (self._flush_s - self._interval_s) * 1e9:
-            self._sync()  # at the next reading it would be too late
+        with self._records_lock:
+            self._records += records
+            self._take_marks(utc)
+        if (boottime_ns() - self._synced_ns) / 1e9 + pause_s >= self._flush_s:
+            self._write()
 
-    def _write_marks(self, before: Sequence[tuple[str, int | None, dict[str, Any]]] = ()) -> None:
-        """Write the marks that wait, behind the records `before`, in one go."""
-        with self._marks_lock:  # the reader and the program both write marks; their order is that of time
-            records = list(before)
-            while (mark := self._phases.take()) is not None:
-                fields = {"phase": mark.phase, "step": mark.step, "tokens": mark.tokens, "phase_s": mark.phase_s}
-                records.append(("mark", mark.boottime_ns, fields))
+    def _take_marks(self, utc: str) -> None:
+        """Put the marks that wait behind the records (with the lock held): their order is that of time."""
+        while (mark := self._phases.take()) is not None:
+            fields = {
+                "utc": utc,
+                "phase": mark.phase,
+                "step": mark.step,
+                "tokens": mark.tokens,
+                "phase_s": mark.phase_s,
+            }
+            self._records.append(("mark", mark.boottime_ns, fields))
+
+    def _write(self, last: Sequence[tuple[str, int | None, dict[str, Any]]] = ()) -> None:
+        """Write everything that waits, then `last`, and fsync. The reader and the program both do."""
+        self._synced_ns = boottime_ns()
+        with self._records_lock:
+            self._take_marks(utc_now())
+            records, self._records = [*self._records, *last], []
             if records:
                 self._writer.append_all(records)
-
-    def _sync(self) -> None:
-        self._synced_ns = boottime_ns()
         self._writer.sync()

@@ -21,6 +21,8 @@ from moe.energy.window import Edge, Sample
 __all__ = ["Reader", "Reading"]
 
 POLL_S = 0.003  # between the reads of a burst
+SHARE = 0.0005  # of one processor, which the thread may take
+PROMPT_S = 1.0  # intervals shorter than this are kept whatever they cost
 STOP_WAIT_S = 5.0  # a reader that has not stopped by then hangs in the driver
 
 
@@ -39,8 +41,11 @@ class Reading:
 
 
 class Reader:
-    """Reads `sources` every `interval_s` and passes each Reading to `on_reading`, in its own thread.
+    """Reads `sources` every `interval_s` and passes each Reading to `on_reading`, with the seconds to the next one.
 
+    A thread that sleeps most of the time finds everything cold: a round costs half a millisecond of processor time, and
+    more with many devices whose driver is slow. Where that comes to more than SHARE, readings are rarer, but every
+    `longest_s` there is one; intervals below PROMPT_S are kept as they are.
     `node` is a counter of the whole node: read beside the devices now and then, never added to them.
     """
 
@@ -48,7 +53,8 @@ class Reader:
         self,
         sources: Sequence[Source],
         interval_s: float,
-        on_reading: Callable[[Reading], None],
+        longest_s: float,
+        on_reading: Callable[[Reading, float], None],
         node: Source | None = None,
     ) -> None:
         self.devices = tuple(device for source in sources for device in source.devices)
@@ -57,12 +63,14 @@ class Reader:
         self._sources = sources
         self._node = node
         self._look_due_ns = 0
-        self._interval_s = interval_s
+        self._interval_s, self._longest_s = interval_s, longest_s
+        self._spent_s = self._paid = 0.0  # processor time of the thread; when it will be SHARE of the time
         self._on_reading = on_reading
         self._edges: deque[Edge] = deque()
         self._gaps: list[tuple[str, str, str]] = []
         self._before: tuple[int, int] | None = None
-        self._wake = threading.Event()
+        self._bell = threading.Lock()  # held while nobody rings; an Event does the same at several times the cost
+        self._bell.acquire()
         self._asked = False
         self._stopping = False
         self._complained = False
@@ -70,13 +78,13 @@ class Reader:
 
     def start(self) -> None:
         """Take the first reading here, the others in the thread."""
-        self._read()
+        self._on_reading(self._read(), 0.0)
         self._thread.start()
 
     def stop(self) -> bool:
         """Take the last reading and end the thread. False when it hangs in a driver call; it is then left behind."""
         self._stopping = True
-        self._wake.set()
+        self._ring()
         if self._thread.is_alive():
             self._thread.join(STOP_WAIT_S)
         return not self._thread.is_alive()
@@ -87,7 +95,13 @@ class Reader:
             self._asked = True
         else:
             self._edges.append(edge)
-        self._wake.set()
+        self._ring()
+
+    def _ring(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:  # it rings already
+            return
 
     def cpu_time_s(self) -> float:
         """Processor time the thread has used so far."""
@@ -98,23 +112,37 @@ class Reader:
     def _run(self) -> None:
         due = time.monotonic() + self._interval_s
         while True:
-            self._wake.wait(max(0.0, due - time.monotonic()))
-            self._wake.clear()
+            self._bell.acquire(timeout=max(0.0, due - time.monotonic()))
             stopping = self._stopping
             try:
                 if self._edges:
                     self._burst()
+                    self._spent_s = time.thread_time()  # who asks for a window pays for it
                 if stopping or self._asked or time.monotonic() >= due:
                     self._asked = False
-                    self._read(last=stopping)
+                    began = time.monotonic()
+                    due = began + self._interval_s  # also when the round fails
+                    reading, ended = self._read(last=stopping), time.monotonic()
+                    due = self._due_after(began, ended, time.thread_time())
+                    self._on_reading(reading, due - ended)
             except Exception as error:  # whatever a driver or a full machine does, the metered program goes on
                 if not self._complained:
                     print(f"moe.energy: the reader met {type(error).__name__}: {error}; it goes on", file=sys.stderr)
                 self._complained = True
             if stopping:
                 return
-            if time.monotonic() >= due:  # after a suspend or a hang: from now on, no catching up
-                due = max(due + self._interval_s, time.monotonic() + self._interval_s / 2)
+
+    def _due_after(self, began: float, ended: float, spent_s: float) -> float:
+        """When to read next, after a round that left the thread at `spent_s` of processor time in all.
+
+        What a suspend or a hang missed stays missed.
+        """
+        cost_s, self._spent_s = spent_s - self._spent_s, spent_s
+        due = max(began + self._interval_s, ended + self._interval_s / 2)
+        if self._interval_s < PROMPT_S:
+            return due
+        self._paid = min(max(began, self._paid) + cost_s / SHARE, began + self._longest_s)
+        return max(due, self._paid)
 
     def _sample(self) -> tuple[int, dict[str, int | None]]:
         """Read every source once and take the values into the tracks."""
@@ -132,7 +160,7 @@ class Reader:
                 self._gaps.append((uuid, event, reason))
         return at_ns, raw_mj
 
-    def _read(self, last: bool = False) -> None:
+    def _read(self, last: bool = False) -> Reading:
         at_ns, raw_mj = self._sample()
         gaps, self._gaps = self._gaps, []
         known_mj = [track.energy_mj for track in self.tracks.values() if track.energy_mj is not None]
@@ -144,7 +172,7 @@ class Reader:
         if last or at_ns >= self._look_due_ns:
             self._look_due_ns = at_ns + round(CONDITIONS_S * 1e9)
             reading = self._look_around(reading)
-        self._on_reading(reading)
+        return reading
 
     def _look_around(self, reading: Reading) -> Reading:
         conditions: dict[str, dict[str, Any]] = {}

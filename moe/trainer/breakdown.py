@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moe.layers import Experts, FeedForward, GroupedQueryAttention, MultiHeadLatentAttention, Router
 from moe.model import Transformer
 
-__all__ = ["Breakdown"]
+__all__ = ["Breakdown", "component_modules", "with_gradient"]
 
 _COMPONENTS: dict[type[nn.Module], str] = {
     MultiHeadLatentAttention: "attention",
@@ -44,7 +44,7 @@ class Breakdown:
 
     def __init__(self, model: Transformer, device: torch.device, *, ranks: int, inside: bool) -> None:
         self._cuda = device.type == "cuda"
-        self._parts = _components(model) if inside else []
+        self._parts = component_modules(model) if inside else []
         # the first layer's weight, whose gradient is the last to be ready
         self._last_gradient = model.embed_tokens.weight if ranks > 1 else None
         self._stamps: list[tuple[str, Any]] = []
@@ -87,13 +87,13 @@ class Breakdown:
 
     def _watch(self, name: str, module: nn.Module) -> Iterator[Any]:
         def enter(_: nn.Module, inputs: Any) -> None:
-            for tensor in _with_gradient(inputs):
+            for tensor in with_gradient(inputs):
                 tensor.register_hook(lambda _: self.switch("other"))
             self.switch(name)
 
         def leave(_: nn.Module, inputs: Any, output: Any) -> None:
             self.switch("other")
-            for tensor in _with_gradient(output):
+            for tensor in with_gradient(output):
                 tensor.register_hook(lambda _: self.switch(name))
 
         yield module.register_forward_pre_hook(enter)
@@ -110,18 +110,19 @@ class Breakdown:
         return start.elapsed_time(end) / 1000 if self._cuda else end - start
 
 
-def _components(model: Transformer) -> list[tuple[str, nn.Module]]:
+def component_modules(model: Transformer) -> list[tuple[str, nn.Module]]:
+    """(component, module) of all modules that a component consists of."""
     found = [(name, module) for module in model.modules() for kind, name in _COMPONENTS.items() if type(module) is kind]
     return [*found, ("head", model.lm_head)]
 
 
-def _with_gradient(value: Any) -> Iterator[Tensor]:
+def with_gradient(value: Any) -> Iterator[Tensor]:
     """Tensors a gradient will reach, in a tensor, a sequence or a dataclass of them."""
     if isinstance(value, Tensor):
         if value.requires_grad:
             yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from _with_gradient(part)
+            yield from with_gradient(part)
     elif dataclasses.is_dataclass(value):
-        yield from _with_gradient([getattr(value, field.name) for field in dataclasses.fields(value)])
+        yield from with_gradient([getattr(value, field.name) for field in dataclasses.fields(value)])

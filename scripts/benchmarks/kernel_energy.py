@@ -37,7 +37,7 @@ def joules_per_call(run: Callable[[], object], seconds: float) -> Energy:
         calls += 1
     batch = max(1, int(BATCH_S * calls / (time.perf_counter() - start)))
     calls = 0
-    with EnergyMeter() as meter:
+    with EnergyMeter(devices=_gpu_uuids()) as meter:
         with meter.window("calls") as window:
             start, clock_mhz = time.perf_counter(), None
             while time.perf_counter() - start < seconds:
@@ -53,6 +53,11 @@ def joules_per_call(run: Callable[[], object], seconds: float) -> Energy:
         energy_j / calls, energy_j / window.elapsed_s, clock_mhz, calls, round(window.elapsed_s, 3),
         window.band_j or 0.0, window.source, window.scope,
     )  # fmt: skip
+
+
+def _gpu_uuids() -> list[str]:
+    """The GPU in use; none where there is none, which means the host."""
+    return [f"GPU-{torch.cuda.get_device_properties().uuid}"] if torch.cuda.is_available() else []
 
 
 def _wait() -> None:

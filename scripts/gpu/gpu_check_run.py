@@ -47,6 +47,7 @@ PLANS = (
     PartPlan("bench_kernels", 300, 60),
     PartPlan("metered_runs", 190, 80),
     PartPlan("kernel_energy", 120, 60),
+    PartPlan("attribution", 130, 110),
 )
 
 

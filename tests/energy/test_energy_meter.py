@@ -322,7 +322,7 @@ def test_wrong_arguments_are_refused_with_value_and_mend():
 
 def test_the_reader_is_a_daemon():
     """A thread that keeps a dead job alive bills it for days."""
-    assert Reader([], 1.0, lambda reading: None)._thread.daemon
+    assert Reader([], 1.0, 5.0, lambda reading, pause_s: None)._thread.daemon
 
 
 def test_energy_imports_no_torch_and_little_else():

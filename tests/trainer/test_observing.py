@@ -10,8 +10,11 @@ import torch
 
 from moe.accounting.peaks import peak_flops
 from moe.config import ModelConfig, parse_overrides
+from moe.energy import fold_ledgers
+from moe.energy.phases import STEP_PHASES
 from moe.model import Transformer
 from moe.rundir import RunDir
+from moe.runs import read_components
 from moe.trainer import train
 from moe.trainer.breakdown import Breakdown
 
@@ -47,6 +50,17 @@ def test_a_step_is_split_into_components(observed: Place) -> None:
     assert share > 0.9
     for name in COMPONENTS - {"communication"}:
         assert max(row[f"efficiency/step_s/{name}"] for row in rows) > 0
+
+
+def test_the_energy_of_steps_is_told_by_component(observed: Place) -> None:
+    """Of a real run: every component, and what lies between steps, has joules; their sum is the steps' own."""
+    run = RunDir(observed.run("observed"))
+    fold = fold_ledgers(run.ledgers())
+    components = read_components(run, fold)
+    assert components is not None
+    assert components.energy_mj.keys() == COMPONENTS | {"idle"}
+    steps_mj = sum(phase.energy_mj for name, phase in fold.phases.items() if name in STEP_PHASES)
+    assert sum(components.energy_mj.values()) == steps_mj > 0
 
 
 def test_looking_changes_nothing(place: Place) -> None:

@@ -1,0 +1,81 @@
+"""Energy by component: the time of split steps, the joules of the phases they belong to, exact to the millijoule."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe.cli.energy import app
+from moe.energy.components import share_steps
+from moe.energy.ledger import LedgerWriter
+from moe.energy.totals import PhaseTotal
+
+S = 10**9
+STEP = {"data": 0.1, "attention": 0.3, "experts": 0.5, "head": 0.2, "optimizer": 0.1, "other": 0.05, "idle": 0.05}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 10 s at 100.007 W: 2 s of evaluation, 8 s of steps, two of which were split."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ledger = LedgerWriter(folder / "ledger.jsonl")
+    device = {"uuid": "A", "name": "GPU", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05,
+              "tick_s": 0.1, "p_max_w": 700.0, "note": None}  # fmt: skip
+    header = {"boot_id": "b", "host": "h", "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0, "flush_s": 5.0}
+    ledger.append("segment", 0, **header, resumed_step=0, resumed_tokens=0, devices=[device])
+    ledger.append("reading", 0, device="A", energy_mj=0)
+    phases = {"evaluation": 2.0, "data": 0.5, "forward_backward": 6.0, "optimizer": 1.5}
+    ledger.append("mark", 10 * S, phase="idle", step=4, tokens=400, phase_s=phases)
+    ledger.append("reading", 10 * S, device="A", energy_mj=1_000_070)
+    ledger.append("end", 10 * S, reason="stopped")
+    ledger.close()
+    rows = [{"resumed_step": 0, "train/step": 0}]
+    for step, factor in ((1, None), (2, 1.0), (3, None), (4, 3.0)):
+        split = {} if factor is None else {f"efficiency/step_s/{name}": factor * s for name, s in STEP.items()}
+        rows.append({"train/step": step, "efficiency/step_s/idle": 0.0, **split})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"segment": 0, **row}) + "\n" for row in rows))
+    return folder
+
+
+def report(*words: object) -> str:
+    result = CliRunner().invoke(app, ["report", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_components_sum_to_the_phases_of_steps(run: Path) -> None:
+    """Shares are those of the time, the sum is data + forward_backward + optimizer to the last millijoule."""
+    told = json.loads(report(run, "--json"))
+    assert told["components"]["apportioned_by"] == "time"
+    assert told["components"]["num_steps"] == 2
+    parts = told["components"]["parts"]
+    of_steps_j = sum(told["phases"][name]["energy_j"] for name in told["components"]["of_phases"])
+    assert round(1000 * sum(part["energy_j"] for part in parts.values())) == round(1000 * of_steps_j) == 800_056
+    assert parts["experts"]["energy_j"] == pytest.approx(of_steps_j * 0.5 / sum(STEP.values()), abs=0.001)
+    assert parts["experts"]["step_s"] == pytest.approx(1.0)  # the mean of 0.5 and 1.5
+
+
+def test_components_are_printed_and_say_how_they_were_found(run: Path) -> None:
+    """The label stands in the table; held and useful are there for time and for energy."""
+    text = report(run)
+    assert "apportioned by time" in " ".join(text.split())
+    assert "experts" in text
+    assert "device-hours held 0.00277778, of them useful 0.00222222" in text
+    assert "energy 1,000.1 J, of it useful 800.1 J" in text
+
+
+def test_without_a_split_step_there_are_no_components(run: Path) -> None:
+    """A ledger alone, and a run without metrics, are reported as before."""
+    assert json.loads(report(run / "ledger.jsonl", "--json"))["components"] == {}
+    (run / "metrics.jsonl").unlink()
+    assert json.loads(report(run, "--json"))["components"] == {}
+    assert "component" not in report(run)
+
+
+def test_nothing_is_lost_to_rounding() -> None:
+    """Seven parts of a number that seven does not divide."""
+    parts = share_steps({"data": PhaseTotal(100, 1.0), "idle": PhaseTotal(7, 1.0)}, dict.fromkeys("abcdefg", 1.0))
+    assert sum(parts.values()) == 100
+    assert set(parts.values()) == {14, 15}
