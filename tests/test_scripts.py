@@ -255,18 +255,19 @@ exit $code
 
 
 def test_totals_cover_all_processes(house: House) -> None:
-    """All three run although one fails; a process that finds no test counts as a failure; the totals come last."""
+    """All run although one fails; a process that finds no test counts as a failure; the totals come last."""
     (house.log / "pytest").write_text(PYTEST)
     result = house.run("test")
-    main, interpreter, aot, total = result.stdout.splitlines()[-4:]
+    trainings, main, interpreter, aot, total = result.stdout.splitlines()[-5:]
     assert result.returncode == 1
+    assert trainings.startswith("trainings: ok, 37 passed, 0 failed, 3 skipped")
     assert main.startswith("main: ok, 37 passed, 0 failed, 3 skipped")
     assert interpreter.startswith("interpreter: FAILED (pytest exit 1), 7 passed, 2 failed, 1 skipped")
     assert aot.startswith("aot: FAILED (no test was selected), 0 passed, 1 failed")
-    assert total.startswith("44 passed, 3 failed, 4 skipped")
+    assert total.startswith("81 passed, 3 failed, 7 skipped")
     modes = (house.log / "modes").read_text().splitlines()
     assert [mode for mode in modes if "not" not in mode] == ["interpreter 1", "aot compiled"]
-    assert len(modes) == 3
+    assert len(modes) == 4
 
 
 @pytest.mark.parametrize(("words", "name"), [(["--soak"], "soak"), (["-k", "router"], "main")])

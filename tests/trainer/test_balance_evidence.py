@@ -69,11 +69,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_biases_balance_unseen_text(runs: Runs) -> None:
-    """Seed 0: with either rule no expert of any layer gets 1.5 times its share of the validation set.
+    """Seed 0: with the default rule no expert of any layer gets 1.5 times its share of the validation set.
 
     One run says no more: this seed's last evaluation gave 0.24, 0.31 and 0.42 as rounding or Python's text changed.
     """
-    for key, row in runs.of(("sign", "quantile"), SEEDS[:1]).items():
+    for key, row in runs.of(("sign",), SEEDS[:1]).items():
         assert row["eval/max_vio"] < BOUND, key
 
 
