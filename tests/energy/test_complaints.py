@@ -220,7 +220,7 @@ def test_monitor_kills_a_live_job(node, gpu, tmp_path):
 def test_lost_data_on_interruption(node, gpu, tmp_path):
     """12. Killed without warning, started again in the same folder: both parts are there, and what lay between."""
     path = tmp_path / "ledger"
-    with node.start(program(path, 60)) as process:
+    with node.start(program(path, 60).replace("interval_s=0.2", "interval_s=0.2, flush_s=0.4")) as process:
         process.stdout.readline()
         time.sleep(1.0)
         process.send_signal(signal.SIGKILL)

@@ -170,7 +170,7 @@ def test_the_report_as_json(moe, tmp_path):
     """The contract's keys and nothing on stdout but JSON; no price unless one is given, and no place is guessed."""
     moe("run", "--out", "r", "--power", "1000", "--", "sleep", "1")
     report = json.loads(moe("report", "r", "--json").stdout)
-    assert list(report) == ["total", "devices", "phases", "per_step", "footprint", "segments"]
+    assert list(report) == ["total", "devices", "phases", "per_step", "footprint", "segments", "components"]
     assert list(report["footprint"]["numbers"]) == ["energy_it", "carbon_location"]
     assert report["footprint"]["numbers"]["carbon_location"]["value"] is None
     total = report["total"]

@@ -1,6 +1,7 @@
 """Node energy from other tools' files, joined with a run by host and time."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -300,7 +301,8 @@ def test_a_report_on_the_node_makes_its_footprint_of_the_nodes_energy_alone(tmp_
 
     def report(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "moe.cli", "energy", "report", "ledger.jsonl", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        wide = {**os.environ, "COLUMNS": "200"}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=wide)
 
     told = json.loads(report("--node", "pdu.csv", "--grid", "360", "--price", "2", "--json").stdout)
     numbers = told["footprint"]["numbers"]

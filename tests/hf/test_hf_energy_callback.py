@@ -69,7 +69,7 @@ def test_two_ranks_have_one_reader_and_one_ledger(tmp_path):
             capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        told = re.findall(r"rank (\d) read (\w+) hours (\S+)", done.stdout)
+        told = re.findall(r"rank (\d) read (\w+) hours (None|[\d.e-]+)", done.stdout)
         return {int(rank): (read == "True", hours) for rank, read, hours in told}
 
     ranks = launch(6)
