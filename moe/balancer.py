@@ -143,13 +143,12 @@ class Balancer:
     def step(self) -> Load:
         """Update every bias from the load since the last step, clear the load, and return it.
 
-        When no router of this process recorded any, the log says so, once.
+        When no router recorded any, the log says so, once.
         """
         config = self._config
-        recorded = [router.tokens_per_expert for router in self._routers.values()]
-        if config.moves_biases and recorded and not any(isinstance(load, Tensor) for load in recorded):
-            self._say_nothing_recorded()
         load, margins = self._collect()
+        if config.moves_biases and self._routers and not load.tokens_per_expert:
+            self._say_nothing_recorded()
         if config.method == "sign":
             update = partial(balance.sign_update, speed=config.bias_update_speed, centre=config.centre)
             self._move(load.tokens_per_expert, lambda bias, loads, _: update(bias, loads))

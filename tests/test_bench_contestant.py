@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -40,3 +41,6 @@ def test_runs_in_a_process_of_its_own(contestant: ModuleType) -> None:
             a(0)
         assert a(2) == (pid_a, 13)
         assert b(2) == (pid_b, 23)
+        os.kill(pid_b, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="ended with exit code -9"):
+            b(2)

@@ -18,11 +18,12 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_everyone_in_turn(measure: ModuleType) -> None:
-    """Each round has one fresh batch and then everyone once; the warm-up is not counted."""
+    """Each round has one fresh batch and then everyone once, another one first; the warm-up is not counted."""
     seen: list[str] = []
     work = {name: lambda name=name: (seen.append(name), time.sleep(0.002)) for name in ("a", "b")}
     times = measure.race(work, "cpu", 3, fresh=lambda: seen.append("fresh"))
-    assert seen == ["fresh", "a", "b"] * (measure.WARM_UP + 3)
+    in_order, turned = ["fresh", "a", "b"], ["fresh", "b", "a"]
+    assert seen == in_order * measure.WARM_UP + in_order + turned + in_order
     assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3}
     assert min(times["a"]) >= 2  # milliseconds
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._triton import INTERPRETED, VERSION
 from .configs import few_programs
@@ -115,8 +116,13 @@ class Check(NamedTuple):
 @contextmanager
 def _plain_torch(device: torch.device) -> Iterator[None]:
     """Whatever modes the caller is in, new tensors lie on CPU, have gradients and keep their dtype; and the backward
-    pass is of this thread, whose launches `compile_ahead` and `few_programs` are about."""
+    pass is of this thread, whose launches `compile_ahead` and `few_programs` are about.
+
+    The first use may be in a layer that is recomputed: nothing in here is that layer's, to be kept or made again.
+    """
     with ExitStack() as modes:
+        modes.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept))
+        modes.enter_context(_disable_current_modes())
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         modes.enter_context(torch.autograd.set_multithreading_enabled(False))

@@ -11,8 +11,9 @@ itself, a GPU that Triton cannot run on gets `torch`, and the log says so once.
 
 Every op file registers a self-check when it is imported: the op forward and backward on a tiny problem, against the
 torch reference (see `agreement.py`). Resolving Triton on a CUDA device first runs those that have not passed there yet.
-An op's file imports those of the ops it is built of, so no kernel computes anything before it was checked: one that was
-compiled wrongly stops the run instead of training on wrong gradients.
+An op's file imports those of the ops it is built of, so no op computes anything before every family of its tiles was
+checked in fp32 and bf16: one compiled wrongly stops the run instead of training on wrong gradients. Not checked are
+fp16, transposed weights, weighting="none", and the kernel that stores no pre-activations, of inference.
 """
 
 import logging
@@ -53,8 +54,10 @@ def resolve(backend: str | None, device: torch.device | str) -> str:
 def _resolve(backend: str | None, device_name: str) -> str:
     answer = _resolved.get((backend, device_name))
     if answer is None:
+        known = len(_checks)
         answer = _find(backend, device_name)
-        if device_name != "cuda":  # the current one, whichever that is
+        # "cuda" is the current one, whichever that is; and an op that another thread imported meanwhile is unchecked
+        if device_name != "cuda" and known == len(_checks):
             _resolved[backend, device_name] = answer
     return answer
 

@@ -54,6 +54,12 @@ def _compile(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str,
         kernel.warmup(*args, grid=grid, **options)
 
 
+def _threads() -> int:
+    """This process's share of the processors it may use: the ranks of a node all compile at once."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_THREADS, max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 @contextmanager
 def compile_ahead() -> Iterator[None]:
     """Within it this thread launches nothing, and what it would launch is compiled by several threads.
@@ -62,7 +68,7 @@ def compile_ahead() -> Iterator[None]:
     (`torch.autograd.set_multithreading_enabled`).
     """
     tasks: list[Future] = []
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         token = _ahead.set((pool, tasks))
         try:
             yield

@@ -209,8 +209,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gate_up, down, _, weight, _, null_experts, weighting, _, backend = inputs
+    x, gate_up, down, _, weight, _, null_experts, weighting, keep, backend = inputs
     _, h, order, place, offsets = output
+    if not keep and any(ctx.needs_input_grad):
+        raise KernelError("moe_kernels::expert_mlp was called with keep=False, and has no gradient: give keep=True")
     ctx.mark_non_differentiable(h, order, place, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weight, h, order, place, offsets)

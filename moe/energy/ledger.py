@@ -107,7 +107,7 @@ class LedgerWriter:
         self._seq = 0
         self._prev = ""
         self._pending: list[bytes] = []
-        self._lock = threading.Lock()
+        self._lock, self._sync_lock = threading.Lock(), threading.Lock()
         self._on_record = on_record
         self._fd = -1
         self._size = 0
@@ -199,15 +199,19 @@ class LedgerWriter:
         self.failure = error.strerror
 
     def sync(self) -> None:
-        """fsync what was appended, outside the lock: a slow disk holds up nobody who only appends."""
-        if not self._unsynced:
-            return
-        self._unsynced = False
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            self._unsynced = True
-            self._complain(error)
+        """fsync what was appended, outside the lock: a slow disk holds up nobody who only appends.
+
+        Who comes while another thread's fsync is under way waits for it: a checkpoint names a line that is on the disk.
+        """
+        with self._sync_lock:
+            if not self._unsynced:
+                return
+            self._unsynced = False
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                self._unsynced = True
+                self._complain(error)
 
     def close(self) -> None:
         """Write and fsync what is left; says on stderr how many lines a full disk cost."""

@@ -151,7 +151,7 @@ class EnergyMeter:
                 f"energy.interval_s={self._interval_s:g} is too long for {integrated[0]}, which tells power and no "
                 f"energy: give at most {READ_EVERY_S:g}"
             )
-        return self._interval_s if integrated else max(self._interval_s, self._flush_s - self._interval_s)
+        return self._interval_s if integrated else max(self._interval_s, self._flush_s - 2 * self._interval_s)
 
     def _device_time_start_ns(self, prior: FileFold) -> int:
         """When this segment's device time began: never before the end of the segment before, which billed it."""
@@ -325,8 +325,9 @@ class EnergyMeter:
     def _on_reading(self, reading: Reading, pause_s: float) -> None:
         """Keep what the reader found (called in its thread): gaps, readings, and the time since the last mark.
 
-        Written when at the next reading, `pause_s` later, it would be more than `flush_s` old: a thread that wakes once
-        a second finds every call cold, and a hash or a write costs several times what it does in a row of them.
+        Written when after the next reading, `pause_s` later and up to an interval long, it would be more than `flush_s`
+        old: a thread that wakes once a second finds every call cold, and a hash or a write costs several times what it
+        does in a row of them.
         """
         utc = utc_now()
         records: list[tuple[str, int | None, dict[str, Any]]] = [
@@ -344,7 +345,7 @@ class EnergyMeter:
         with self._records_lock:
             self._records += records
             self._take_marks(utc)
-        if (boottime_ns() - self._synced_ns) / 1e9 + pause_s >= self._flush_s:
+        if (boottime_ns() - self._synced_ns) / 1e9 + pause_s + self._interval_s >= self._flush_s:
             self._write()
 
     def _take_marks(self, utc: str) -> None:

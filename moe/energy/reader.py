@@ -72,7 +72,7 @@ class Reader:
         self._bell = threading.Lock()  # held while nobody rings; an Event does the same at several times the cost
         self._bell.acquire()
         self._asked = False
-        self._stopping = False
+        self._stopping = self._left_behind = False
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="moe-energy-reader", daemon=True)
 
@@ -87,10 +87,11 @@ class Reader:
         self._ring()
         if self._thread.is_alive():
             self._thread.join(STOP_WAIT_S)
-        return not self._thread.is_alive()
+        self._left_behind = self._thread.is_alive()
+        return not self._left_behind
 
     def ask(self, edge: Edge | None = None) -> None:
-        """Have a reading taken now, or a window's edge found; returns at once."""
+        """Have a reading taken now, unless they cost too much already, or a window's edge found; returns at once."""
         if edge is None:
             self._asked = True
         else:
@@ -118,11 +119,13 @@ class Reader:
                 if self._edges:
                     self._burst()
                     self._spent_s = time.thread_time()  # who asks for a window pays for it
-                if stopping or self._asked or time.monotonic() >= due:
-                    self._asked = False
-                    began = time.monotonic()
+                began = time.monotonic()
+                asked, self._asked = self._asked and began >= self._paid, False  # what is dear waits until it is due
+                if stopping or asked or began >= due:
                     due = began + self._interval_s  # also when the round fails
                     reading, ended = self._read(last=stopping), time.monotonic()
+                    if self._left_behind:  # the meter has ended, and may have begun again
+                        return
                     due = self._due_after(began, ended, time.thread_time())
                     self._on_reading(reading, due - ended)
             except Exception as error:  # whatever a driver or a full machine does, the metered program goes on

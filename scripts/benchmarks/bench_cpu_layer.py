@@ -88,14 +88,10 @@ def ours(case: Case) -> MoE:
     return MoE(case.model, case.experts, case.top_k, case.hidden, score_func="softmax", topk_method="greedy")
 
 
-def theirs(case: Case) -> dict[str, Block]:
-    """transformers' ways to compute it."""
+def theirs(case: Case) -> dict[str, tuple[str, torch.dtype]]:
+    """transformers' ways to compute it: implementation and dtype of the weights."""
     words = {"": torch.float32} | ({" in bf16": torch.bfloat16} if case.precision == "bf16" else {})
-    return {
-        f"transformers {how}{word}": Block(ours(case), case, how, dtype)
-        for how in IMPLEMENTATIONS
-        for word, dtype in words.items()
-    }
+    return {f"transformers {how}{word}": (how, dtype) for how in IMPLEMENTATIONS for word, dtype in words.items()}
 
 
 def build(case: Case, name: str) -> Callable[[int | None], None]:
@@ -111,7 +107,7 @@ def build(case: Case, name: str) -> Callable[[int | None], None]:
     elif name == "ours":
         work = train_layer(ours(case), x, bf16)
     else:
-        block = theirs(case)[name]
+        block = Block(ours(case), case, *theirs(case)[name])
         work = train_layer(block, x, bf16 and block.dtype == torch.float32)
 
     def turn(seed: int | None) -> None:
@@ -125,11 +121,11 @@ def build(case: Case, name: str) -> Callable[[int | None], None]:
 
 def run(name: str, case: Case, rounds: int) -> None:
     """Agree, time, print one line a peer."""
-    blocks = theirs(case)
-    check(name, case, blocks)
+    ways = theirs(case)
+    check(name, case)
     seeds = itertools.count(1)
     with ExitStack() as stack:
-        names = ("ours", "dense MLP", *blocks, "floor")
+        names = ("ours", "dense MLP", *ways, "floor")
         sides = {side: stack.enter_context(Contestant(THREADS, build, case, side)) for side in names}
 
         def fresh() -> None:
@@ -139,7 +135,7 @@ def run(name: str, case: Case, rounds: int) -> None:
 
         times = race({key: lambda side=side: side(None) for key, side in sides.items()}, "cpu", rounds, fresh)
     medians = {peer: statistics.median(taken) for peer, taken in times.items()}
-    fastest = min(blocks, key=medians.__getitem__)
+    fastest = min(ways, key=medians.__getitem__)
     config = {
         **case._asdict(), "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__,
         "score_func": "softmax", "flops": case.flops, "transformers": _transformers_version(),
@@ -155,11 +151,12 @@ def run(name: str, case: Case, rounds: int) -> None:
         )  # fmt: skip
 
 
-def check(name: str, case: Case, blocks: dict[str, Block]) -> None:
+def check(name: str, case: Case) -> None:
     """Raises SystemExit unless all give our outputs in fp32; tokens near a tie may go elsewhere in bf16."""
     x = torch.randn(case.tokens, case.model)
     want = ours(case)(x)
-    for peer, block in blocks.items():
+    for peer, way in theirs(case).items():
+        block = Block(ours(case), case, *way)
         bound = AGREE["fp32" if block.dtype == torch.float32 else "bf16"]
         error = (want - block(x)).float().norm(dim=-1).div(want.norm(dim=-1).mean()).median().item()
         if not error <= bound:

@@ -277,6 +277,8 @@ def main(words: list[str] | None = None, cases: dict[str, Case] | None = None) -
     if options.alternatives and options.device == "cpu":
         parser.error("--alternatives needs a GPU: on a CPU no kernel is launched")
     start = time.monotonic()
+    if options.alternatives and not alternatives(options.device):
+        note("no alternative differs on this device")
     for name in options.case or known:
         for routing in options.routing:
             if time.monotonic() - start > options.seconds:

@@ -6,6 +6,7 @@ does at its user's. Processes wait while others run.
 """
 
 import multiprocessing
+import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -27,9 +28,13 @@ class Contestant:
         theirs.close()
 
     def __call__(self, *words: Any) -> Any:
-        """Raises RuntimeError with the text of what went wrong there."""
-        self._pipe.send(words)
-        failed, answer = self._pipe.recv()
+        """Raises RuntimeError with the traceback of what went wrong there."""
+        try:
+            self._pipe.send(words)
+            failed, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise RuntimeError(f"a contestant ended with exit code {self._process.exitcode}: out of memory?") from None
         if failed:
             raise RuntimeError(answer)
         return answer
@@ -50,5 +55,5 @@ def _serve(pipe: Any, threads: int, build: Callable[..., Callable[..., Any]], se
         try:
             run = run or build(*setup)
             pipe.send((False, run(*words)))
-        except Exception as error:
-            pipe.send((True, f"{type(error).__name__}: {error}"))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))

@@ -20,6 +20,7 @@ Times = dict[str, list[float]]
 
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
 SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host issues the call: short kernels do not wait for it
+SPIN_S = 0.03  # so long OpenMP's threads of the one before may still turn on a processor, waiting for work
 WARM_UP = 2
 SLOW, SLOW_ROUNDS = 6.0, 3  # what takes so many times the fastest's time is timed in so many rounds only
 
@@ -29,6 +30,7 @@ def race(
 ) -> Times:
     """Milliseconds by name: one round after another, everyone in turn; two rounds of warm-up.
 
+    Each round begins with another one, for what the one before leaves in the machine is not the same for all.
     fresh: called before each round, to make the batch that all of it shares.
     """
     timer = _GpuTimer() if device == "cuda" else _CpuTimer()
@@ -41,7 +43,9 @@ def race(
     times: Times = {name: [] for name in work}
     for number in range(rounds):
         fresh()
-        for name, run in work.items():
+        turns = list(work.items())
+        first_turn = number % len(turns)
+        for name, run in turns[first_turn:] + turns[:first_turn]:
             if number < SLOW_ROUNDS or min(first[name]) <= SLOW * fastest:
                 times[name].append(timer.once(run))
     return times
@@ -49,6 +53,7 @@ def race(
 
 class _CpuTimer:
     def once(self, run: Callable[[], object]) -> float:
+        time.sleep(SPIN_S)
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from moe.energy import EnergyMeter, fold_ledgers, read_ledger
 from moe.energy.ledger import LedgerWriter
+from moe.energy.sources.base import Device
 from moe.errors import LedgerError
 
 
@@ -135,6 +137,56 @@ def test_a_power_cut_takes_at_most_one_flush_interval(tmp_path, monkeypatch):
     for _, lines in kept:
         path.write_bytes(lines)
         assert list(read_ledger(path, on_torn=pytest.fail))
+
+
+def test_a_slow_driver_does_not_make_the_flush_late(tmp_path, monkeypatch):
+    """Rounds so dear that readings are as rare as they may be, and nearly an interval long: fsync comes in time."""
+    monkeypatch.setattr("moe.energy.reader.PROMPT_S", 0.1)
+    monkeypatch.setattr("moe.energy.reader.SHARE", 1e-9)
+    times: list[float] = []
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (times.append(time.monotonic()), fsync(fd)))
+    source = SlowSource()
+    with EnergyMeter(tmp_path / "ledger.jsonl", sources=[source], interval_s=0.3, flush_s=1.5):
+        time.sleep(6.0)
+    assert source.reads <= 12  # every 0.9 s, and at both ends
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 1.5
+
+
+class SlowSource:
+    """A counter whose every read takes 0.2 s."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+        self.reads = 0
+        self.devices = (
+            Device(uuid="X", name="slow", kind="gpu", source="counter", scope="gpu", band=0.05, tick_s=0.1),
+        )
+
+    def read(self) -> dict[str, int | None]:
+        self.reads += 1
+        time.sleep(0.2)
+        return {"X": time.monotonic_ns()}
+
+    def close(self) -> None: ...
+
+
+def test_a_flush_waits_for_the_one_under_way(tmp_path, monkeypatch):
+    """What a checkpoint names is on the disk although the reader's fsync, which holds it, began before."""
+    began, gate = threading.Event(), threading.Event()
+    monkeypatch.setattr("os.fsync", lambda fd: (began.set(), gate.wait(30)))
+    writer = LedgerWriter(tmp_path / "ledger.jsonl")
+    writer.append("gap", device=None, reason="reset", detail="")
+    reader, checkpoint = threading.Thread(target=writer.sync), threading.Thread(target=writer.sync)
+    reader.start()
+    assert began.wait(30)
+    checkpoint.start()
+    checkpoint.join(0.2)
+    assert checkpoint.is_alive()
+    gate.set()
+    checkpoint.join(30)
+    reader.join(30)
+    assert not checkpoint.is_alive()
 
 
 def test_a_stepped_clock_moves_dates_and_nothing_else(tmp_path, monkeypatch):

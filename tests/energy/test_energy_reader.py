@@ -36,6 +36,23 @@ def test_however_dear_it_is_read_now_and_then():
     assert thread._due_after(104.0, 104.3, 0.6) == 108.0
 
 
+def test_who_asks_does_not_make_it_dearer():
+    """A phase boundary gets its reading where rounds are cheap; where they are dear it waits until the next is due."""
+    costs, read = [], []
+    thread = Reader([], 1.0, 4.0, lambda reading, pause_s: read.append(pause_s))
+    thread.start()
+    thread._paid = time.monotonic() + 60
+    thread.ask()
+    time.sleep(0.3)
+    costs.append(len(read))
+    thread._paid = 0.0
+    thread.ask()
+    time.sleep(0.3)
+    costs.append(len(read))
+    thread.stop()
+    assert costs == [1, 2]  # the first is that of the start
+
+
 def test_a_short_interval_is_kept_whatever_it_costs():
     """Who asks for five readings a second gets them; half an interval of rest is left after a slow one."""
     thread = reader(0.2)

@@ -236,6 +236,25 @@ def test_self_check_minds_no_mode_of_the_caller(default: torch.dtype) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("one_family")
+def test_self_check_is_no_part_of_a_recomputed_layer() -> None:
+    """The first use may come in a checkpointed layer: its backward makes the layer again, not the check's numbers."""
+    calls = 0
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            check_kernels("cpu")
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert calls == 2
+    assert torch.equal(x.grad, torch.ones(2).cos())
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("one_family")
 def test_self_check_resolves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resolving waits for the check, so a check that resolved would wait for ever."""
 
