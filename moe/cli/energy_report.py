@@ -47,8 +47,8 @@ def report(
     fold = fold_ledgers(ledgers_of(run))
     basis, nodes = Basis.of_run(fold), _nodes_of(fold, node) if node else None
     footprint = footprint_of(basis if nodes is None else basis.on_nodes(nodes), said)
-    components = _components_of(run, fold)
-    notes = [*fold.notes, *(nodes.notes if nodes else ()), *footprint.notes]
+    components, complaints = _components_of(run, fold)
+    notes = [*fold.notes, *complaints, *(nodes.notes if nodes else ()), *footprint.notes]
     if as_json:
         printed = fold.to_json(footprint.to_json()) | {"components": components.to_json() if components else {}}
         print(json.dumps(printed | ({} if nodes is None else {"node": nodes.to_json()}), indent=2, allow_nan=False))
@@ -58,11 +58,18 @@ def report(
     _print_report(fold, components, nodes, footprint, notes)
 
 
-def _components_of(run: Path, fold: "Fold") -> "Components | None":
+def _components_of(run: Path, fold: "Fold") -> tuple["Components | None", list[str]]:
+    """The components, and a sentence when damaged metrics hide them: the ledger is as good without."""
+    from moe.errors import CompareError
     from moe.rundir import RunDir
     from moe.runs import read_components
 
-    return read_components(RunDir(run), fold) if run.is_dir() else None
+    if not run.is_dir():
+        return None, []
+    try:
+        return read_components(RunDir(run), fold), []
+    except CompareError as error:
+        return None, [f"components are left out: {error}"]
 
 
 def _nodes_of(fold: "Fold", words: list[str]) -> "NodeReconciliation":

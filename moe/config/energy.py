@@ -29,7 +29,7 @@ class EnergyConfig(Section):
     interval_s: float = setting(
         1.0,
         at_least=0.1,
-        at_most=60,
+        at_most=5,  # the flush interval of the meter
         doc="seconds between sensor readings; from 1 on longer where reading is dear",
         may_change=True,
     )

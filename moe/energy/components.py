@@ -16,8 +16,11 @@ __all__ = ["share_steps"]
 def share_steps(phases: Mapping[str, PhaseTotal], seconds: Mapping[str, float]) -> dict[str, int]:
     """Millijoules by component: those of all phases of steps, to the last one, in proportion to `seconds`.
 
+    Empty when no component took a nanosecond.
+
     >>> share_steps({"data": PhaseTotal(10, 0.1), "optimizer": PhaseTotal(91, 0.9)}, {"experts": 3.0, "head": 1.0})
     {'experts': 76, 'head': 25}
     """
     energy_mj = sum(phase.energy_mj for name, phase in phases.items() if name in STEP_PHASES)
-    return apportion(energy_mj, {name: round(spent_s * 1e9) for name, spent_s in seconds.items()})
+    spent_ns = {name: round(spent_s * 1e9) for name, spent_s in seconds.items()}
+    return apportion(energy_mj, spent_ns) if any(spent_ns.values()) else {}

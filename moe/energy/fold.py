@@ -29,6 +29,7 @@ from moe.errors import LedgerError
 __all__ = ["FileFold", "Fold", "Lost", "device_hours_of", "fold_ledgers"]
 
 NS_PER_HOUR = 3_600_000_000_000
+WORTH_A_NOTE = 0.01  # share of the total that belongs to no phase
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class FileFold:
     path: Path | None
     segments: list[Segment] = field(default_factory=list)
     torn_bytes: int = 0
+    _read_before: list[dict[str, int]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def feed(self, record: Record) -> None:
         """Take the next record in."""
@@ -61,7 +63,7 @@ class FileFold:
             raise LedgerError(f"ledger {self.path} does not begin with a segment line: {MEND}")
         try:
             if record["kind"] == "segment":
-                self.segments.append(Segment(record))
+                self._begin(Segment(record))
             else:
                 self.segments[-1].feed(record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -69,6 +71,15 @@ class FileFold:
                 f"ledger {self.path}: the {record['kind']} line with seq {record['seq']} is not as this program writes "
                 f"it ({type(error).__name__} {error}): {MEND}"
             ) from None
+
+    def _begin(self, segment: Segment) -> None:
+        """Go on with the next segment. Those before it are whole: which of them last read a device stays as it is."""
+        last_read: dict[str, int] = {}  # a segment killed before its first reading of a device has none
+        if self.segments:
+            lines = self.segments[-1].lines.items()
+            last_read = self._read_before[-1] | {u: len(self.segments) - 1 for u, line in lines if line.times_ns}
+        self._read_before.append(last_read)
+        self.segments.append(segment)
 
     @classmethod
     def read(cls, path: Path) -> "FileFold":
@@ -87,7 +98,7 @@ class FileFold:
         after = self.segments[position]
         found = []
         for uuid, line in after.lines.items():
-            killed = self._last_that_read(uuid, position)
+            killed = self._read_before[position].get(uuid)
             if killed is None:
                 continue
             before = self.segments[killed]
@@ -108,13 +119,6 @@ class FileFold:
     def unattributed_mj(self, position: int) -> dict[str, int]:
         """Millijoules of `lost`, per device."""
         return {lost.uuid: lost.energy_mj for lost in self.lost(position)}
-
-    def _last_that_read(self, uuid: str, position: int) -> int | None:
-        """The last segment before this one with a reading of the device: one killed before its first has none."""
-        return next(
-            (p for p in range(position - 1, -1, -1) if (line := self.segments[p].lines.get(uuid)) and line.times_ns),
-            None,
-        )
 
     def lineage_end(self, position: int) -> int | None:
         """The last step of this segment that survives: its own last one, unless a later segment resumed before it."""
@@ -268,7 +272,7 @@ def _fold(files: list[FileFold]) -> Fold:
         measured=all(is_measured(source) for source in by_source),
         energy_by_source_j=by_source,
     )
-    return Fold(files, total, devices, phases, summaries, _notes(files, total) + _sensor_notes(files, devices))
+    return Fold(files, total, devices, phases, summaries, _notes(files, total, phases) + _sensor_notes(files, devices))
 
 
 def _phases(files: list[FileFold]) -> tuple[dict[str, PhaseTotal], float, float | None]:
@@ -352,7 +356,7 @@ def _summary(file: FileFold, position: int) -> SegmentSummary:
     )
 
 
-def _notes(files: list[FileFold], total: Total) -> list[str]:
+def _notes(files: list[FileFold], total: Total, phases: dict[str, PhaseTotal]) -> list[str]:
     notes = []
     if not total.measured:
         notes.append("energy is time x declared power")
@@ -360,6 +364,10 @@ def _notes(files: list[FileFold], total: Total) -> list[str]:
         notes.append(f"the total joins sources: {total.source}")
     if "+" in total.scope:
         notes.append(f"the total joins scopes ({total.scope}): compare it with nothing")
+    unattributed_mj = phases[UNATTRIBUTED].energy_mj
+    if len(phases) > 1 and unattributed_mj > total.energy_mj * WORTH_A_NOTE:
+        share = f"{unattributed_mj / total.energy_mj:.1%} of the energy is unattributed"
+        notes.append(f"{share}: phases, components and the energy of a step do not hold it")
     begun = files[0].segments[0].header["resumed_step"] if files[0].segments else 0
     if begun:
         notes.append(f"the ledger begins at step {begun}: what the run cost before is not counted")

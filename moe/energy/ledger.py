@@ -85,9 +85,12 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or record.get("kind") not in KINDS:
+    if not isinstance(record, dict) or not {"v", "prev"} <= record.keys():
         return None
-    return record if {"v", "segment", "seq", "utc", "boottime_ns", "prev"} <= record.keys() else None
+    if record["v"] != VERSION:  # its kinds and fields are its own: no damage, whatever they are
+        return record
+    whole = {"segment", "seq", "utc", "boottime_ns"} <= record.keys()
+    return record if whole and record.get("kind") in KINDS else None
 
 
 class LedgerWriter:

@@ -1,5 +1,6 @@
 """Where a run's steps spent time and energy, by component of the model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +34,23 @@ class Components:
 
 
 def read_components(run: RunDir, fold: Fold) -> Components | None:
-    """The components of a run whose ledgers were folded; None when no step of it was split.
+    """The components of a run whose ledgers were folded; None when no step of it was split, or no part took time.
 
-    Raises CompareError for metrics that cannot be read.
+    A split with anything but times in it counts as none. Raises CompareError for metrics that cannot be read.
     """
-    rows = [row for row in read_metrics(run.metrics) if _PREFIX + "other" in row] if run.metrics.is_file() else []
-    if not rows:
-        return None
-    names = dict.fromkeys(name.removeprefix(_PREFIX) for row in rows for name in row if name.startswith(_PREFIX))
-    step_s = {name: sum(row.get(_PREFIX + name, 0.0) for row in rows) / len(rows) for name in names}
-    return Components(energy_mj=share_steps(fold.phases, step_s), step_s=step_s, num_steps=len(rows))
+    splits = [_split(row) for row in read_metrics(run.metrics)] if run.metrics.is_file() else []
+    splits = [split for split in splits if "other" in split and all(map(_is_time, split.values()))]
+    names = dict.fromkeys(name for split in splits for name in split)
+    step_s = {name: sum(split.get(name, 0.0) for split in splits) / len(splits) for name in names}
+    energy_mj = share_steps(fold.phases, step_s)
+    return Components(energy_mj=energy_mj, step_s=step_s, num_steps=len(splits)) if energy_mj else None
+
+
+def _split(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of the metrics tells of each component; `other` is only in those of steps that were split."""
+    return {name.removeprefix(_PREFIX): value for name, value in row.items() if name.startswith(_PREFIX)}
+
+
+def _is_time(value: object) -> bool:
+    """Whether a value of a metrics file, which anything may have written, is a number of seconds."""
+    return isinstance(value, int | float) and 0 <= value < math.inf

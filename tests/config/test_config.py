@@ -32,6 +32,7 @@ RECIPE = Recipe(run=RunConfig(name="x"), model=MODEL)
         (["train.compile=maybe"], "train.compile=maybe must be true or false"),
         (["train.precision=fp64"], "train.precision='fp64' must be one of 'fp32', 'bf16'"),
         (["optim.lr=nan"], "optim.lr=nan must be a number"),
+        (["energy.interval_s=5.5"], "energy.interval_s=5.5 must be at most 5"),
         (["optim.beta1=1"], "optim.beta1=1.0 must be below 1"),
         (["tracking.trackers=wandbb"], "tracking.trackers='wandbb' is not a tracker; did you mean 'wandb'?"),
         (

@@ -79,3 +79,42 @@ def test_nothing_is_lost_to_rounding() -> None:
     parts = share_steps({"data": PhaseTotal(100, 1.0), "idle": PhaseTotal(7, 1.0)}, dict.fromkeys("abcdefg", 1.0))
     assert sum(parts.values()) == 100
     assert set(parts.values()) == {14, 15}
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
+def test_damaged_metrics_cost_the_components_and_not_the_report(run: Path, words: tuple[str, ...]) -> None:
+    """The ledger is whole: the report is made, and one sentence says what it lacks and why."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 3}\n')
+    result = CliRunner().invoke(app, ["report", str(run), *words])
+    assert result.exit_code == 0, result.output
+    said = " ".join((result.stderr if words else result.stdout).split())
+    assert "components are left out: " in said
+    assert "line 6 has no segment or train/step" in said
+    if words:
+        told = json.loads(result.stdout)
+        assert (told["components"], told["total"]["energy_mj"]) == ({}, 1_000_070)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [0.5], float("nan"), float("inf"), -0.5])
+def test_a_split_that_is_not_all_times_does_not_count(run: Path, value: object) -> None:
+    """The other split alone gives the shares: a part of a step would shift them."""
+    write(run, 4, {f"efficiency/step_s/{name}": s for name, s in STEP.items()} | {"efficiency/step_s/experts": value})
+    components = json.loads(report(run, "--json"))["components"]
+    assert components["num_steps"] == 1
+    assert components["parts"]["experts"]["step_s"] == 0.5
+
+
+def test_components_that_took_no_time_have_no_shares(run: Path) -> None:
+    """A split of zeros is no split, printed and as JSON."""
+    for step in (2, 4):
+        write(run, step, {f"efficiency/step_s/{name}": 0.0 for name in STEP})
+    assert json.loads(report(run, "--json"))["components"] == {}
+    assert "apportioned by time" not in " ".join(report(run).split())
+
+
+def write(run: Path, step: int, values: dict[str, object]) -> None:
+    """Put values into the metrics' row of a step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | values if row["train/step"] == step else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

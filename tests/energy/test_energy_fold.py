@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe.energy import fold_ledgers
-from moe.energy.ledger import LedgerWriter
+from moe.energy.fold import FileFold
+from moe.energy.ledger import LedgerWriter, read_ledger
 from moe.energy.timeline import apportion
 from moe.errors import LedgerError
 
@@ -285,6 +286,62 @@ def test_what_a_kill_lost_is_told_when_its_device_is_read_again(path):
     fold = fold_ledgers([path])
     assert [segment.unattributed_j for segment in fold.segments] == [0, 0, 500]
     assert fold.total.energy_mj == 3_500_000
+
+
+class CountedSegments(list):
+    """A list that counts how often one of its items was looked at."""
+
+    looks = 0
+
+    def __getitem__(self, position):
+        self.looks += 1
+        return super().__getitem__(position)
+
+
+def test_a_ledger_of_many_restarts_is_folded_in_one_pass(path):
+    """A hundred processes killed before their first reading: the one that read is known, not searched for each time."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.close()
+    for number in range(100):
+        Scribe(path, 11 + number / 100).close()
+    scribe = Scribe(path, 13)
+    scribe.read(13, 1_300_000)
+    scribe.end(13)
+    file = FileFold(path, CountedSegments())
+    for record in read_ledger(path):
+        if record["kind"] == "reading" and record["segment"] == 101:
+            assert file.lost(101) == []  # fed live: what is lost is told from the first reading on
+        file.feed(record)
+    file.segments.looks = 0
+    assert [(lost.position, lost.energy_mj) for lost in file.lost(101)] == [(0, 300_000)]
+    assert file.energy_mj == 1_300_000
+    assert file.segments.looks < 10 * len(file.segments)
+
+
+@pytest.mark.parametrize(("lost_mj", "told"), [(10_000, False), (300_000, True)])
+def test_the_report_says_when_much_energy_belongs_to_no_phase(path, lost_mj, told):
+    """Above 1 % of the total, and only where there are phases that could have held it."""
+    for start_s, first_mj in ((0, 0), (13, 1_000_000 + lost_mj)):
+        scribe = Scribe(path, start_s)
+        scribe.read(start_s, first_mj)
+        scribe.mark(start_s + 10, forward_backward=10.0)
+        scribe.read(start_s + 10, first_mj + 1_000_000)
+        scribe.close()
+    note = "13.0% of the energy is unattributed: phases, components and the energy of a step do not hold it"
+    assert [line for line in fold_ledgers([path]).notes if "unattributed" in line] == [note] * told
+
+
+def test_a_program_that_tells_no_phases_lacks_none(path):
+    """All of its energy is unattributed, which is no news."""
+    scribe = Scribe(path, 0)
+    scribe.read(0, 0)
+    scribe.read(10, 1_000_000)
+    scribe.end(10)
+    fold = fold_ledgers([path])
+    assert fold.total.unattributed_j == 1000
+    assert fold.notes == []
 
 
 def test_a_reset_within_a_segment_is_a_hole_in_the_coverage(path):

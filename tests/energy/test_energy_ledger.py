@@ -93,6 +93,15 @@ def test_a_removed_or_broken_line_is_found(tmp_path):
         fold_ledgers([path])
 
 
+def test_a_newer_ledger_is_called_newer_not_damaged(tmp_path):
+    """A line of another version may be of a kind, and have fields, that this program does not know."""
+    path = tmp_path / "ledger.jsonl"
+    newer = {"v": 2, "kind": "carbon", "prev": ""}
+    path.write_text(f"{json.dumps(newer)}\n" * 2)
+    with pytest.raises(LedgerError, match="line 1 has version 2: this program reads 1"):
+        fold_ledgers([path])
+
+
 def test_a_run_goes_on_without_a_damaged_ledger_and_says_what_is_not_counted(tmp_path):
     """Moved away, as the sentence offers: the new ledger says at which step it begins."""
     path = tmp_path / "ledger.jsonl"

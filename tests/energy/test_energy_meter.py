@@ -11,6 +11,7 @@ from statistics import median
 
 import pytest
 
+from moe.config import EnergyConfig
 from moe.energy import EnergyMeter, fold_ledgers, read_ledger
 from moe.energy.reader import Reader
 from moe.errors import ConfigError, SensorError
@@ -309,6 +310,12 @@ def test_a_metered_child_says_who_bills_it(tmp_path, monkeypatch):
     with EnergyMeter(tmp_path / "ledger.jsonl", declared_power_w=1):
         pass
     assert fold_ledgers([tmp_path / "ledger.jsonl"]).segments[0].metered_by == "/outer/ledger.jsonl"
+
+
+def test_every_interval_a_recipe_may_ask_for_is_taken():
+    """The longest that `energy.interval_s` allows is no longer than the meter's flush interval."""
+    longest_s = EnergyConfig.__dataclass_fields__["interval_s"].metadata["at_most"]
+    EnergyMeter(interval_s=longest_s)
 
 
 def test_wrong_arguments_are_refused_with_value_and_mend():
