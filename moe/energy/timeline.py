@@ -17,6 +17,7 @@ __all__ = ["UNATTRIBUTED", "DeviceLine", "Segment", "apportion"]
 
 UNATTRIBUTED = "unattributed"
 NS_PER_S = 10**9
+PAIR_NS = 3 * NS_PER_S // 2  # a second across which the counter was read less often is no pair
 
 
 def apportion(total: int, weights: dict[str, int]) -> dict[str, int]:
@@ -72,7 +73,8 @@ class DeviceLine:
         if self.device["source"] != "counter" or "power_w" not in conditions:
             return
         second_ago_ns = at_ns - NS_PER_S  # what current power sensors average over
-        if second_ago_ns >= self._whole_since_ns:
+        before_ns = self.times_ns[-2] if len(self.times_ns) > 1 else 0
+        if second_ago_ns >= self._whole_since_ns and at_ns - before_ns <= PAIR_NS:
             counter_w = (self.energy_at(at_ns) - self.energy_at(second_ago_ns)) / 1000
             self.power_pairs.append((conditions["power_w"], counter_w))
 

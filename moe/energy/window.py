@@ -80,13 +80,17 @@ class Edge:
             self.resolved.set()
         return done
 
-    def energy_mj(self, device: Device) -> tuple[float, float] | None:
-        """(energy at the edge, how far it can be off) in mJ; None when the device could not be read."""
+    def energy_mj(self, device: Device, mean_mw: float = 0.0) -> tuple[float, float] | None:
+        """(energy at the edge, how far it can be off) in mJ; None when the device could not be read.
+
+        `mean_mw` is the power of the whole window: it stands for that at an end where nothing tells of any.
+        """
         tick = self._ticks.get(device.uuid)
         if tick is None:
             return None
         if tick.tick_ns is None:
-            return float(tick.first_mj), (device.p_max_w or 0.0) * device.tick_s * 1000
+            power_mw = (device.p_max_w or 0.0) * 1000 or mean_mw
+            return float(tick.first_mj), power_mw * (device.tick_s + (tick.first_ns - self.at_ns) / 1e9)
         step_mj = tick.tick_mj - tick.first_mj
         if _moves_with_each_read(device):
             length_ns = max(1, tick.tick_ns - tick.first_ns)
@@ -101,6 +105,13 @@ class Edge:
         p_max_mw = (device.p_max_w or 0.0) * 1000 or step_mj / device.tick_s
         late_s = min(tick.first_ns - self.at_ns, max(0, tick.tick_ns - self.at_ns - device.tick_s * 1e9)) / 1e9
         return energy_mj, min(float(step_mj), p_max_mw * device.tick_s) + p_max_mw * late_s
+
+    def mean_mw(self, end: "Edge", uuid: str) -> float:
+        """A device's mean power from the first sample of this edge to that of a later one; 0 where one has none."""
+        first, last = self._ticks.get(uuid), end._ticks.get(uuid)
+        if first is None or last is None or last.first_ns <= first.first_ns:
+            return 0.0
+        return (last.first_mj - first.first_mj) * 1e9 / (last.first_ns - first.first_ns)
 
 
 def _moves_with_each_read(device: Device) -> bool:
@@ -163,7 +174,8 @@ class Window:
         start, end = self._edges()
         found = {}
         for device in self.devices:
-            uuid, first, last = device.uuid, start.energy_mj(device), end.energy_mj(device)
+            uuid, mean_mw = device.uuid, start.mean_mw(end, device.uuid)
+            first, last = start.energy_mj(device, mean_mw), end.energy_mj(device, mean_mw)
             if first is None or last is None:
                 continue
             energy_mj = max(0.0, last[0] - first[0])

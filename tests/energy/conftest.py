@@ -34,6 +34,10 @@ def amdsmi_get_energy_count(handle):
     seconds = 10 if "AMDSMI_STUCK" in os.environ else time.monotonic()
     name = "power" if "AMDSMI_OLD" in os.environ else "energy_accumulator"
     return {name: int(seconds * 300e6 / 15.3), "counter_resolution": 15.3, "timestamp": time.time_ns()}
+def amdsmi_get_power_cap_info(handle):
+    if "AMDSMI_GUEST" in os.environ:
+        raise AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
+    return {"power_cap": 700_000_000, "max_power_cap": 750_000_000}
 def amdsmi_get_power_info(handle):
     told = "N/A" if os.environ.get("AMDSMI_BLIND") else 300
     return {"current_socket_power": told, "average_socket_power": "N/A"}

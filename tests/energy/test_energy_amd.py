@@ -27,14 +27,29 @@ def test_the_counter_is_steps_times_their_size(amd, old):
 def test_a_counter_that_stands_still_is_not_believed(amd):
     """Two probes half a second apart see no step while the GPU draws 300 W: power is integrated, the note says it."""
     out = amd.run(READ, AMDSMI_STUCK="1")
-    assert out == ("AMD Instinct MI300X|integrated|gpu|0.1|the energy counter stands still; power integrated|300.0\n")
+    assert out == ("AMD Instinct MI300X|integrated|gpu|0.2|the energy counter stands still; power integrated|300.0\n")
 
 
 def test_a_guest_without_counter_is_integrated_and_one_that_tells_nothing_is_estimated(amd):
     out = amd.run(READ, AMDSMI_GUEST="1")
-    assert "|integrated|gpu|0.1|no energy counter; power integrated|300.0" in out
+    assert "|integrated|gpu|0.2|no energy counter; power integrated|300.0" in out
     out = amd.run(READ, AMDSMI_GUEST="1", AMDSMI_BLIND="1")
     assert "|estimate:tdp|gpu|0.37|no sensor: the driver tells neither energy nor power|700.0" in out
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [({}, "0.1 1.0 750.0"), ({"AMDSMI_STUCK": "1"}, "1.0 0.0 750.0"), ({"AMDSMI_GUEST": "1"}, "1.0 0.0 None")],
+    ids=["counter", "integrated", "integrated, a guest that is told no cap"],
+)
+def test_power_read_once_a_second_is_no_more_than_moments(amd, env, expected):
+    """Tick, share of time seen, highest power: of integrated power the ends are open by a second's reads."""
+    code = f"""
+        from moe.energy import select_sources
+        device = select_sources([{FIRST!r}])[0].devices[0]
+        print(device.tick_s, device.seen, device.p_max_w)
+    """
+    assert amd.run(code, **env) == f"{expected}\n"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,20 @@ def test_a_second_across_a_reset_is_no_pair(tmp_path):
     assert (check["ratio"], check["num_pairs"]) == (1.0, 3)
 
 
+def test_a_second_that_was_not_read_at_both_ends_is_no_pair(tmp_path):
+    """Readings at 1, 2.5, 4 and 7 s: across three seconds the counter's power is a mean of more than the sensor's."""
+    writer = LedgerWriter(tmp_path / "ledger.jsonl")
+    device = {"uuid": "G", "name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
+    header = {"boot_id": "b", "host": socket.gethostname(), "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0}
+    header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
+    writer.append("segment", at_ns=0, devices=[{**device, "tick_s": 0.1, "p_max_w": 700.0, "note": None}], **header)
+    for at_s, energy_mj in ((0, 0), (1, 500_000), (2.5, 1_250_000), (4, 2_000_000), (7, 2_600_000)):
+        writer.append("reading", at_ns=round(at_s * 10**9), device="G", energy_mj=energy_mj, power_w=500.0)
+    writer.close()
+    check = fold_ledgers([tmp_path / "ledger.jsonl"]).devices[0].conditions["power_over_counter"]
+    assert (check["ratio"], check["num_pairs"]) == (1.0, 3)
+
+
 def test_a_lost_sensor_and_a_reset_are_sentences_of_the_report(tmp_path):
     """What stopped the counting stands in the notes, each kind once with how often and what it said last."""
     writer = LedgerWriter(tmp_path / "ledger.jsonl")

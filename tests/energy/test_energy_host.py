@@ -94,7 +94,27 @@ def test_grace_sockets_are_integrated_and_nothing_twice(sys_root, grace):
     time.sleep(0.3)
     energy_mj = source.read()[device.uuid]
     assert energy_mj / 1000 / (time.monotonic() - start) == pytest.approx(400, rel=0.05)
-    assert (device.source, device.scope, device.name, device.tick_s) == ("integrated", "node", "Grace x 2", 0.05)
+    assert (device.source, device.scope, device.name) == ("integrated", "node", "Grace x 2")
+
+
+@pytest.mark.parametrize(
+    ("interval_ms", "expected", "expected_j"),
+    [(50, (1.0, 0.05, 0.20), 600), (1000, (1.0, 1.0, 0.10), 800), (2000, (2.0, 1.0, 0.10), 800)],
+    ids=["less than a read", "a read", "more than a read"],
+)
+def test_what_grace_averages_over_says_what_is_seen(sys_root, grace, monkeypatch, interval_ms, expected, expected_j):
+    """Tick, share seen and band; 400 W, then 800 W: a trapezoid of moments, or a mean of the last second."""
+    now_ns = iter((0, 10**9))
+    monkeypatch.setattr("moe.energy.sources.integral.boottime_ns", lambda: next(now_ns))
+    for socket in grace:
+        (socket / "power1_average_interval").write_text(f"{interval_ms}\n")
+    source = GraceSource(sys_root / "class" / "hwmon")
+    (device,) = source.devices
+    assert (device.tick_s, device.seen, device.band) == expected
+    source.read()
+    for socket in grace:
+        (socket / "power1_average").write_text(f"{400 * 10**6}\n")
+    assert source.read() == {device.uuid: expected_j * 1000}
 
 
 def test_half_the_sockets_are_no_host(sys_root, grace):

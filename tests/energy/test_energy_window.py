@@ -39,10 +39,11 @@ def test_a_reader_that_comes_late_leaves_more_open():
 
 
 def test_an_edge_without_a_tick_is_open_by_a_tick_of_full_power():
+    """And by what may have been used before the first read, a millisecond after the edge."""
     thing = device(p_max_w=700.0)
     edge = edge_at(thing, 1000, [(1001 + 5 * n, 7) for n in range(21)])
     assert edge.resolved.is_set()
-    assert edge.energy_mj(thing) == (7.0, 70_000.0)
+    assert edge.energy_mj(thing) == (7.0, pytest.approx(70_700))
 
 
 def test_integrated_power_has_no_tick_and_is_open_by_half_of_what_it_averages_over():
@@ -51,6 +52,17 @@ def test_integrated_power_has_no_tick_and_is_open_by_half_of_what_it_averages_ov
     edge = edge_at(thing, 1000, [(1002, 1_000), (1004, 1_600)])
     assert edge.resolved.is_set()
     assert edge.energy_mj(thing) == (pytest.approx(400), pytest.approx(150_000))
+
+
+def test_an_end_without_a_tick_is_never_certain():
+    """A node's counter tells no highest power: 3 kJ in ten seconds leave a tenth of 300 W open at each end."""
+    thing = device("node:pm_counters")
+    window = Window("work", (thing,), lambda edge: None)
+    with window:
+        pass
+    window._start = edge_at(thing, 0, [(5 * n, 0) for n in range(22)])
+    window._end = edge_at(thing, 10_000, [(10_000 + 5 * n, 3_000_000) for n in range(22)])
+    assert window.by_device == {"G": (pytest.approx(3000), pytest.approx(0.05 * 3000 + 2 * 30))}
 
 
 def test_a_window_tells_each_device_and_their_sum():
@@ -81,3 +93,18 @@ def test_a_trailing_mean_is_taken_for_the_time_before_the_read(monkeypatch, trai
     integral = PowerIntegral(trailing=trailing)
     *_, energy_mj = (integral.add(power_w * 1000) for power_w in (100, 300, 400))
     assert energy_mj == expected_j * 1000
+
+
+def test_a_trailing_mean_is_not_stretched_over_a_time_it_did_not_see(monkeypatch):
+    """Reads 2.1 s apart are a gap for a mean over a second; powers of the moment may lie 5 s apart."""
+    for trailing in (True, False):
+        now_ns = iter((0, 2_000_000_000, 4_100_000_000))
+        monkeypatch.setattr("moe.energy.sources.integral.boottime_ns", lambda now_ns=now_ns: next(now_ns))
+        integral = PowerIntegral(trailing=trailing)
+        integral.add(100_000)
+        assert integral.add(100_000) == 200_000
+        if trailing:
+            with pytest.raises(ValueError, match=r"no power read for 2\.1 s"):
+                integral.add(100_000)
+        else:
+            assert integral.add(100_000) == 410_000

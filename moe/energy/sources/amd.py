@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe.energy.sources.base import Device
-from moe.energy.sources.integral import PowerIntegral
+from moe.energy.sources.integral import READ_EVERY_S, PowerIntegral
 from moe.errors import SensorError
 
 __all__ = ["PROBE_S", "AmdSource", "amd_gpu_at", "amdsmi", "visible_amd_gpus"]
 
 PROBE_S = 0.5
 COUNTER_BAND = 0.05
-INTEGRATED_BAND = 0.10
-TICK_S = 0.1
+GLIMPSED_BAND = 0.20
+COUNTER_TICK_S = 0.1
+# amdsmi does not say what its power is a mean over: taken for that of a moment, which sees nothing of the time between
+SEEN = 0.0
 STUCK_NOTE = "the energy counter stands still; power integrated"
 
 
@@ -135,8 +137,10 @@ class AmdSource:
             kind="gpu",
             source="counter" if counter else "integrated",
             scope="gpu",
-            band=COUNTER_BAND if counter else INTEGRATED_BAND,
-            tick_s=TICK_S,
+            band=COUNTER_BAND if counter else GLIMPSED_BAND,
+            tick_s=COUNTER_TICK_S if counter else READ_EVERY_S,
+            seen=1.0 if counter else SEEN,
+            p_max_w=self._p_max_w(handle),
             note=None if counter else STUCK_NOTE if stuck else "no energy counter; power integrated",
         )
         self._gpus.append(_Gpu(handle, device))
@@ -183,6 +187,14 @@ class AmdSource:
             if isinstance(told.get(name), int | float):  # what a chip does not tell is the text N/A
                 return float(told[name])
         return None
+
+    def _p_max_w(self, handle: Any) -> float | None:
+        """The highest cap that may be set, told in microwatts; None for what guests are told: 0 or the text N/A."""
+        try:
+            cap_uw = self._lib.amdsmi_get_power_cap_info(handle).get("max_power_cap")
+        except self._lib.AmdSmiException:
+            return None
+        return cap_uw / 1e6 if isinstance(cap_uw, int | float) and cap_uw > 0 else None
 
     def close(self) -> None:
         """Give the library back. A driver that is gone is no error here."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe.energy.sources.base import Device
 from moe.energy.sources.estimate import host_uuid
-from moe.energy.sources.integral import PowerIntegral
+from moe.energy.sources.integral import READ_EVERY_S, PowerIntegral
 from moe.energy.sources.sysfs import matches
 from moe.errors import SensorError
 
@@ -17,7 +17,8 @@ __all__ = ["HWMON_ROOT", "GraceSource"]
 
 HWMON_ROOT = Path("/sys/class/hwmon")
 GRACE_BAND = 0.10
-DEFAULT_TICK_S = 1.0
+GLIMPSED_BAND = 0.20  # means over less than the time between two reads: some of it is not seen
+DEFAULT_INTERVAL_S = 1.0
 
 
 class GraceSource:
@@ -33,7 +34,9 @@ class GraceSource:
                 int(meter.read_text())
             except (OSError, ValueError) as error:
                 raise SensorError(f"{meter} cannot be read ({error}): declare the power instead") from None
-        self._integral = PowerIntegral()
+        intervals_s = [_interval_s(folder) for folder in folders]  # what each meter averages over
+        seen = min(1.0, min(intervals_s) / READ_EVERY_S)
+        self._integral = PowerIntegral(trailing=seen == 1.0)
         self.failures: dict[str, str] = {}
         self.devices: tuple[Device, ...] = (
             Device(
@@ -42,8 +45,9 @@ class GraceSource:
                 kind="cpu",
                 source="integrated",
                 scope="node",
-                band=GRACE_BAND,
-                tick_s=max(_interval_s(folder) for folder in folders),
+                band=GRACE_BAND if seen == 1.0 else GLIMPSED_BAND,
+                tick_s=max(READ_EVERY_S, *intervals_s),
+                seen=seen,
                 note="Grace sockets with their memory, average power integrated; not the rest of the node",
             ),
         )
@@ -78,4 +82,4 @@ def _interval_s(folder: Path) -> float:
     try:
         return int((folder / "power1_average_interval").read_text()) / 1000
     except (OSError, ValueError):
-        return DEFAULT_TICK_S
+        return DEFAULT_INTERVAL_S
