@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns, utc_now
-from moe.energy.fold import NS_PER_HOUR, FileFold, device_hours_of
+from moe.energy.file_fold import NS_PER_HOUR, FileFold, device_hours_of
 from moe.energy.ledger import LedgerWriter, Record
 from moe.energy.locks import Lock, lock_device, lock_ledger
 from moe.energy.phases import PhaseClock

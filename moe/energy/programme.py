@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.energy.claims import Claim, count_once, hand_down
-from moe.energy.fold import NS_PER_HOUR, FileFold
+from moe.energy.file_fold import NS_PER_HOUR, FileFold
 from moe.energy.spending import Programme, RunShare, Spent, half_of
 from moe.energy.timeline import DeviceLine, Segment
 from moe.errors import LedgerError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe.energy.claims import Claim
-from moe.energy.fold import NS_PER_HOUR
+from moe.energy.file_fold import NS_PER_HOUR
 from moe.energy.footprint.basis import Basis
 from moe.energy.footprint.profile import EnergyProfile, Piece
 from moe.energy.timeline import UNATTRIBUTED

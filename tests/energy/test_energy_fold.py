@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,66 +9,10 @@ from pathlib import Path
 import pytest
 
 from moe.energy import fold_ledgers
-from moe.energy.fold import FileFold
-from moe.energy.ledger import LedgerWriter, read_ledger
 from moe.energy.timeline import apportion
 from moe.errors import LedgerError
 
-S = 10**9
-A, B = "GPU-a", "GPU-b"
-
-
-class Scribe:
-    """Writes one segment with times in seconds after boot."""
-
-    def __init__(
-        self, path: Path, start_s: float, *, devices=(A,), source="counter", resumed=0, boot="boot-1", seen=1.0
-    ) -> None:
-        self.writer = LedgerWriter(path)
-        described = [
-            {
-                "uuid": uuid,
-                "name": "fake",
-                "kind": "gpu",
-                "source": source,
-                "scope": "gpu",
-                "band": 0.05,
-                "tick_s": 0.1,
-                "seen": seen,
-                "p_max_w": 700.0,
-                "note": None,
-            }
-            for uuid in devices
-        ]
-        self.add(
-            "segment",
-            start_s,
-            boot_id=boot,
-            host=socket.gethostname(),
-            pid=1,
-            started_boottime_ns=round(start_s * S),
-            interval_s=1.0,
-            flush_s=5.0,
-            resumed_step=resumed,
-            resumed_tokens=0,
-            devices=described,
-        )
-
-    def add(self, kind: str, at_s: float, **fields) -> None:
-        self.writer.append(kind, at_ns=round(at_s * S), **fields)
-
-    def read(self, at_s: float, energy_mj: int, device: str = A) -> None:
-        self.add("reading", at_s, device=device, energy_mj=energy_mj)
-
-    def mark(self, at_s: float, step: int | None = None, **phase_s: float) -> None:
-        self.add("mark", at_s, phase="idle", step=step, tokens=None, phase_s=phase_s)
-
-    def end(self, at_s: float) -> None:
-        self.add("end", at_s, reason="stopped")
-        self.close()
-
-    def close(self) -> None:
-        self.writer.close()
+from .scribe import A, B, S, Scribe
 
 
 @pytest.fixture
@@ -222,128 +165,6 @@ def test_a_mark_across_the_cut_counts_in_proportion(path):
     assert fold_ledgers([path]).total.useful_device_hours == pytest.approx(6 / 3600)
 
 
-@pytest.mark.parametrize(
-    ("gap_s", "boot", "first_mj", "ended", "expected_mj"),
-    [
-        pytest.param(3, "boot-1", 1_300_000, False, 300_000, id="counter goes on"),
-        pytest.param(50, "boot-1", 6_000_000, False, 500_000, id="at most one flush interval of a long gap"),
-        pytest.param(3, "boot-2", 1_300_000, False, 0, id="a new boot is a reset"),
-        pytest.param(3, "boot-1", 900_000, False, 0, id="a counter below its last value is a reset"),
-        pytest.param(3, "boot-1", 1_300_000, True, 0, id="after a clean end nothing was lost"),
-    ],
-)
-def test_what_a_kill_loses_is_unattributed_only_when_the_counter_tells(path, gap_s, boot, first_mj, ended, expected_mj):
-    scribe = Scribe(path, 0)
-    scribe.read(0, 0)
-    scribe.mark(10, forward_backward=10.0)
-    scribe.read(10, 1_000_000)
-    if ended:
-        scribe.end(10)
-    scribe.close()
-    scribe = Scribe(path, 10 + gap_s, boot=boot)
-    scribe.read(10 + gap_s, first_mj)
-    scribe.mark(20 + gap_s, forward_backward=10.0)
-    scribe.read(20 + gap_s, first_mj + 1_000)
-    scribe.end(20 + gap_s)
-    fold = fold_ledgers([path])
-    assert round(fold.total.unattributed_j * 1000) == expected_mj
-    assert fold.total.energy_mj == 1_000_000 + expected_mj + 1_000
-
-
-@pytest.mark.parametrize("boot", ["boot-1", "boot-2"])
-def test_a_process_killed_before_its_first_reading_hides_nothing_of_the_one_before(path, boot):
-    """Killed at 10 s, again at 12 s with a segment line alone, gone on at 13 s: the same boot's joules are told."""
-    scribe = Scribe(path, 0)
-    scribe.read(0, 0)
-    scribe.read(10, 1_000_000)
-    scribe.close()
-    Scribe(path, 12, resumed=3).close()
-    scribe = Scribe(path, 13, boot=boot)
-    scribe.read(13, 1_300_000)
-    scribe.read(20, 2_000_000)
-    scribe.end(20)
-    fold = fold_ledgers([path])
-    lost_j = [segment.unattributed_j for segment in fold.segments]
-    notes = [note for note in fold.notes if "is not known" in note]
-    if boot == "boot-1":
-        assert (fold.total.energy_mj, lost_j, notes) == (2_000_000, [0, 0, 300], [])
-        assert fold.at(2, 13 * S) == (1300.0, 10 / 3600)
-    else:
-        assert (fold.total.energy_mj, lost_j) == (1_700_000, [0, 0, 0])
-        assert notes == [f"what segment {number} used after its last reading is not known" for number in (0, 1)]
-    assert sum(phase.energy_mj for phase in fold.phases.values()) == fold.total.energy_mj
-
-
-def test_what_a_kill_lost_is_told_when_its_device_is_read_again(path):
-    """Killed on A, gone on for a while on B, then on A again: of fourteen seconds at 100 W, five are billed."""
-    for start_s, device, first_mj in ((0, A, 0), (12, B, 50_000_000), (24, A, 2_400_000)):
-        scribe = Scribe(path, start_s, devices=(device,))
-        scribe.read(start_s, first_mj, device)
-        scribe.read(start_s + 10, first_mj + 1_000_000, device)
-        if device == B:
-            scribe.end(start_s + 10)
-        scribe.close()
-    fold = fold_ledgers([path])
-    assert [segment.unattributed_j for segment in fold.segments] == [0, 0, 500]
-    assert fold.total.energy_mj == 3_500_000
-
-
-class CountedSegments(list):
-    """A list that counts how often one of its items was looked at."""
-
-    looks = 0
-
-    def __getitem__(self, position):
-        self.looks += 1
-        return super().__getitem__(position)
-
-
-def test_a_ledger_of_many_restarts_is_folded_in_one_pass(path):
-    """A hundred processes killed before their first reading: the one that read is known, not searched for each time."""
-    scribe = Scribe(path, 0)
-    scribe.read(0, 0)
-    scribe.read(10, 1_000_000)
-    scribe.close()
-    for number in range(100):
-        Scribe(path, 11 + number / 100).close()
-    scribe = Scribe(path, 13)
-    scribe.read(13, 1_300_000)
-    scribe.end(13)
-    file = FileFold(path, CountedSegments())
-    for record in read_ledger(path):
-        if record["kind"] == "reading" and record["segment"] == 101:
-            assert file.lost(101) == []  # fed live: what is lost is told from the first reading on
-        file.feed(record)
-    file.segments.looks = 0
-    assert [(lost.position, lost.energy_mj) for lost in file.lost(101)] == [(0, 300_000)]
-    assert file.energy_mj == 1_300_000
-    assert file.segments.looks < 10 * len(file.segments)
-
-
-@pytest.mark.parametrize(("lost_mj", "told"), [(10_000, False), (300_000, True)])
-def test_the_report_says_when_much_energy_belongs_to_no_phase(path, lost_mj, told):
-    """Above 1 % of the total, and only where there are phases that could have held it."""
-    for start_s, first_mj in ((0, 0), (13, 1_000_000 + lost_mj)):
-        scribe = Scribe(path, start_s)
-        scribe.read(start_s, first_mj)
-        scribe.mark(start_s + 10, forward_backward=10.0)
-        scribe.read(start_s + 10, first_mj + 1_000_000)
-        scribe.close()
-    note = "13.0% of the energy is unattributed: phases, components and the energy of a step do not hold it"
-    assert [line for line in fold_ledgers([path]).notes if "unattributed" in line] == [note] * told
-
-
-def test_a_program_that_tells_no_phases_lacks_none(path):
-    """All of its energy is unattributed, which is no news."""
-    scribe = Scribe(path, 0)
-    scribe.read(0, 0)
-    scribe.read(10, 1_000_000)
-    scribe.end(10)
-    fold = fold_ledgers([path])
-    assert fold.total.unattributed_j == 1000
-    assert fold.notes == []
-
-
 def test_a_reset_within_a_segment_is_a_hole_in_the_coverage(path):
     """The interval across the reset is left out; nothing negative, nothing guessed."""
     scribe = Scribe(path, 0)
@@ -388,106 +209,6 @@ def test_cost_of_a_moment_is_interpolated_and_cumulative(path):
     assert fold.at(1, 99 * S) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
     with pytest.raises(LedgerError, match="segment 7"):
         fold.at(7, 0)
-
-
-def test_nodes_add_up_each_on_its_own_clock(tmp_path, path):
-    """Two nodes booted at different times: the same moment, found through UTC."""
-    other = tmp_path / "ledger.node1.jsonl"
-    first, second = Scribe(path, 1000), Scribe(other, 5, devices=(B,), boot="boot-2")
-    for scribe, start_s, device in ((first, 1000, A), (second, 5, B)):
-        scribe.read(start_s, 0, device)
-        scribe.read(start_s + 10, 1_000_000, device)
-        scribe.end(start_s + 10)
-    fold = fold_ledgers([path, other])
-    assert fold.total.energy_mj == 2_000_000
-    assert fold.total.device_hours == pytest.approx(20 / 3600)
-    energy_j, hours = fold.at(0, 1005 * S)
-    assert energy_j == pytest.approx(1000, abs=5)  # the two segment lines were written milliseconds apart
-    assert hours == pytest.approx(10 / 3600, rel=0.005)
-
-
-@pytest.fixture
-def utc(monkeypatch):
-    """`utc(n)`: ledger lines are now written n seconds into the first of January."""
-
-    def at(second: int) -> None:
-        time = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
-        monkeypatch.setattr("moe.energy.ledger.utc_now", lambda: f"2026-01-01T{time}.000000Z")
-
-    return at
-
-
-def write_node(path: Path, start_s: float, *, device: str, boot: str) -> None:
-    """A segment of 10 s at 100 W."""
-    scribe = Scribe(path, start_s, devices=(device,), boot=boot)
-    scribe.read(start_s, 0, device)
-    scribe.read(start_s + 10, 1_000_000, device)
-    scribe.end(start_s + 10)
-
-
-def test_a_node_that_joins_later_costs_nothing_before_and_its_share_after(tmp_path, path, utc):
-    """One node for 10 s, then two: the second's first segment runs beside the first's second, up to the same UTC."""
-    other = tmp_path / "ledger.node1.jsonl"
-    utc(1000)
-    write_node(path, 500, device=A, boot="boot-1")
-    utc(1020)
-    write_node(path, 520, device=A, boot="boot-1")
-    write_node(other, 7, device=B, boot="boot-2")
-    fold = fold_ledgers([path, other])
-    assert fold.at(0, 505 * S) == pytest.approx((500, 5 / 3600))
-    assert fold.at(0, 510 * S) == pytest.approx((1000, 10 / 3600))
-    assert fold.at(1, 525 * S) == pytest.approx((2000, 20 / 3600))
-    assert fold.at(1, 530 * S) == pytest.approx((fold.total.energy_j, fold.total.device_hours))
-    assert fold.devices_at_once == 2
-
-
-def test_devices_a_run_moved_between_are_not_held_at_once(path, utc):
-    """A GPU, then two others: two at once, though three were used."""
-    utc(1000)
-    write_node(path, 500, device=A, boot="boot-1")
-    utc(1020)
-    scribe = Scribe(path, 520, devices=(B, "GPU-c"))
-    scribe.end(530)
-    assert fold_ledgers([path]).devices_at_once == 2
-
-
-def test_a_clock_set_back_between_two_segments_makes_one_device_not_two(path, utc):
-    """The second segment is dated inside the first: boottime orders them, and a device is not held twice."""
-    utc(1000)
-    write_node(path, 500, device=A, boot="boot-1")
-    utc(1005)
-    write_node(path, 520, device=A, boot="boot-1")
-    fold = fold_ledgers([path])
-    assert fold.devices_at_once == 1
-    assert (fold.total.energy_mj, fold.total.device_hours) == (2_000_000, 20 / 3600)
-    assert fold.at(1, 525 * S) == pytest.approx((1500, 15 / 3600))
-
-
-def test_a_node_that_restarts_more_often_is_priced_by_the_clock(tmp_path, path, utc):
-    """The first node goes on in one segment while the other has two: both count up to the moment asked for."""
-    other = tmp_path / "ledger.node1.jsonl"
-    utc(1000)
-    scribe = Scribe(path, 500)
-    scribe.read(500, 0)
-    scribe.read(530, 3_000_000)
-    scribe.end(530)
-    write_node(other, 7, device=B, boot="boot-2")
-    utc(1020)
-    write_node(other, 27, device=B, boot="boot-2")
-    fold = fold_ledgers([path, other])
-    assert fold.at(0, 515 * S) == pytest.approx((1500 + 1000, (15 + 10) / 3600))
-    assert fold.at(0, 525 * S) == pytest.approx((2500 + 1500, (25 + 15) / 3600))
-
-
-def test_a_ledger_that_lacks_the_segment_is_named(tmp_path, path, utc):
-    """The clock of a moment is the first ledger's: another node's that has the segment does not stand in for it."""
-    other = tmp_path / "ledger.node1.jsonl"
-    for second in (1000, 1020):
-        utc(second)
-        write_node(other, second, device=B, boot="boot-2")
-    write_node(path, 500, device=A, boot="boot-1")
-    with pytest.raises(LedgerError, match=r"ledger\.jsonl has no segment 1"):
-        fold_ledgers([path, other]).at(1, 1025 * S)
 
 
 def test_an_estimate_in_the_total_makes_it_unmeasured_and_says_so(path):

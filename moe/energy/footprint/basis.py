@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from moe.energy.fold import NS_PER_HOUR, Fold
+from moe.energy.file_fold import NS_PER_HOUR
+from moe.energy.fold import Fold
 from moe.energy.footprint.profile import EnergyProfile
 from moe.energy.node import NodeReconciliation
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from moe.energy.fold import FileFold, Fold
+from moe.energy.file_fold import FileFold
+from moe.energy.fold import Fold
 from moe.energy.node.series import NodeSeries, Piece
 from moe.energy.sources.pm_counters import NODE_BAND
 from moe.energy.timeline import Segment
