@@ -68,23 +68,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("balance"))
 
 
-def test_biases_balance_unseen_text(runs: Runs) -> None:
-    """Seed 0: with the default rule no expert of any layer gets 1.5 times its share of the validation set.
+def test_a_quarter_of_a_run_balances_with_biases_and_collapses_without(tmp_path: Path) -> None:
+    """Without balancing one expert is sent nearly every token; with the default rule none gets twice its share.
 
-    One run says no more: this seed's last evaluation gave 0.24, 0.31 and 0.42 as rounding or Python's text changed.
+    The rule has moved biases by a hundred steps of 0.002 by then, and goes on to less than half of that.
     """
-    for key, row in runs.of(("sign",), SEEDS[:1]).items():
-        assert row["eval/max_vio"] < BOUND, key
-
-
-def test_without_balancing_a_layer_collapses(tmp_path: Path) -> None:
-    """After a quarter of the steps one expert is sent nearly every token: three times the bound of the others."""
-    assert _last_evaluation(tmp_path, "none", 0, *QUARTER)["eval/max_vio"] > 3 * BOUND
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda method: _last_evaluation(tmp_path, method, 0, *QUARTER), ("sign", "none"))
+        sign, none = (row["eval/max_vio"] for row in found)
+    assert sign < 2 * BOUND
+    assert none > 3 * BOUND
 
 
 @pytest.mark.soak
 def test_biases_balance_unseen_text_whatever_the_seed(runs: Runs) -> None:
-    """All three seeds, whole runs."""
+    """All three seeds, whole runs: no expert of any layer gets 1.5 times its share of the validation set.
+
+    One run says no more: seed 0's last evaluation gave 0.24, 0.31 and 0.42 as rounding or Python's text changed.
+    """
     for key, row in runs.of(("sign", "quantile"), SEEDS).items():
         assert row["eval/max_vio"] < BOUND, key
 
