@@ -107,7 +107,7 @@ class Balancer:
         z_loss_alpha: float = 0.0,
     ) -> None:
         self._routers = find_routers(model)
-        self._said = False
+        self._warned = False
         self._configure(
             BalanceConfig(
                 method=method,  # type: ignore[arg-type]
@@ -157,8 +157,8 @@ class Balancer:
         return load
 
     def _say_nothing_recorded(self) -> None:
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             _log.warning(
                 "Balancer.step() found no load recorded since the last step, and moves no expert bias by it: run the "
                 "model before, in training mode, with gradients, and with routers that are trained"

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 from ._triton import tl, triton
 from .launching import launch
 
-__all__ = ["sum_slots"]
+__all__ = ["end_of_rows", "sum_slots"]
 
 # torch reference
 
@@ -83,6 +83,11 @@ def _sum_triton(rows: Tensor, place: Tensor, top_k: int, end: Tensor | None) -> 
 
 
 # by backend
+
+
+def end_of_rows(offsets: Tensor, null_experts: int) -> Tensor | None:
+    """(1,) where the rows of null experts begin, which no product writes; None without such experts."""
+    return offsets[-1:] if null_experts else None
 
 
 def sum_slots(rows: Tensor, place: Tensor, top_k: int, backend: str, end: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .combine import sum_slots
+from .combine import end_of_rows, sum_slots
 from .dispatch import sort_rows
 from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
 from .swiglu import swiglu_backward, swiglu_forward
@@ -31,7 +31,7 @@ def forward(
     before, after = _weights(weight, order, weighting)
     wa = swiglu_forward(h if before is None else _scale(h, before), after)
     out = gemm_forward(wa, down, offsets, "torch")
-    return sum_slots(_clear_nulls(out, offsets, null_experts), place, top_k, "torch"), h, order, place, offsets
+    return sum_slots(out, place, top_k, "torch", end_of_rows(offsets, null_experts)), h, order, place, offsets
 
 
 def backward(
@@ -72,7 +72,7 @@ def backward(
     d_x = x.new_empty(0)
     if need_x:
         d_rows = gemm_dgrad(dh, gate_up, offsets, "torch")
-        d_x = sum_slots(_clear_nulls(d_rows, offsets, null_experts), place, top_k, "torch")
+        d_x = sum_slots(d_rows, place, top_k, "torch", end_of_rows(offsets, null_experts))
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 

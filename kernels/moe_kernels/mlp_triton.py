@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import triton
-from .combine import sum_slots
+from .combine import end_of_rows, sum_slots
 from .configs import config_for, n_programs, row_block
 from .dispatch import sort_rows
 from .gemm_triton import as_it_lies, product, row_tile_options, unit_of, wgrad
@@ -41,7 +41,7 @@ def forward(
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
     h, wa = swiglu_product(x.contiguous(), gate_up.to(x.dtype), order, _flat(weight), tiles, weighting, keep)
     out = product(wa, down.to(x.dtype), tiles, False)
-    y = sum_slots(out, place, top_k, "triton", _end(offsets, null_experts))
+    y = sum_slots(out, place, top_k, "triton", end_of_rows(offsets, null_experts))
     return y, h, order, place, offsets.clone() if null_experts else offsets
 
 
@@ -64,7 +64,7 @@ def backward(
     n_experts, top_k = gate_up.shape[0], weight.shape[1]
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
-    end = _end(offsets, null_experts)
+    end = end_of_rows(offsets, null_experts)
     dh, wa, d_weight = swiglu_backward_product(dy, down.to(x.dtype), order, _flat(weight), h, tiles, weighting)
     if end is not None:
         d_weight.masked_fill_(place >= end, 0)  # of slots that no program writes
@@ -82,11 +82,6 @@ def backward(
 
 def _flat(weight: Tensor) -> Tensor:
     return weight.float().contiguous()
-
-
-def _end(offsets: Tensor, null_experts: int) -> Tensor | None:
-    """(1,) where the rows of null experts begin, which no product writes; None without such."""
-    return offsets[-1:] if null_experts else None
 
 
 # launchers

@@ -1,13 +1,13 @@
 """Temperature, clock, limits and throttling beside the joules; and the counter against the power sensor."""
 
 import json
-import socket
 
 import pytest
 
 from moe.energy import fold_ledgers, read_ledger
 from moe.energy.conditions import PowerCheck, check_power, summarize
-from moe.energy.ledger import LedgerWriter
+
+from .scribe import A, Scribe
 
 METER = """
     import time
@@ -87,47 +87,33 @@ def test_a_few_percent_within_the_spread_of_the_pairs_is_no_alarm():
 
 def test_a_second_across_a_reset_is_no_pair(tmp_path):
     """The counter's power is only compared over seconds it counted through."""
-    writer = LedgerWriter(tmp_path / "ledger.jsonl")
-    device = {"uuid": "G", "name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
-    header = {"boot_id": "b", "host": socket.gethostname(), "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0}
-    header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
-    writer.append("segment", at_ns=0, devices=[{**device, "tick_s": 0.1, "p_max_w": 700.0, "note": None}], **header)
+    scribe = Scribe(tmp_path / "ledger.jsonl", 0)
     for second, energy_mj in enumerate([900_000, 1_400_000, 50_000, 550_000, 1_050_000]):
-        at_ns = second * 10**9
-        writer.append("reading", at_ns=at_ns, device="G", energy_mj=energy_mj, power_w=500.0)
-    writer.close()
+        scribe.add("reading", second, device=A, energy_mj=energy_mj, power_w=500.0)
+    scribe.close()
     check = fold_ledgers([tmp_path / "ledger.jsonl"]).devices[0].conditions["power_over_counter"]
     assert (check["ratio"], check["num_pairs"]) == (1.0, 3)
 
 
 def test_a_second_that_was_not_read_at_both_ends_is_no_pair(tmp_path):
     """Readings at 1, 2.5, 4 and 7 s: across three seconds the counter's power is a mean of more than the sensor's."""
-    writer = LedgerWriter(tmp_path / "ledger.jsonl")
-    device = {"uuid": "G", "name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
-    header = {"boot_id": "b", "host": socket.gethostname(), "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0}
-    header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
-    writer.append("segment", at_ns=0, devices=[{**device, "tick_s": 0.1, "p_max_w": 700.0, "note": None}], **header)
+    scribe = Scribe(tmp_path / "ledger.jsonl", 0)
     for at_s, energy_mj in ((0, 0), (1, 500_000), (2.5, 1_250_000), (4, 2_000_000), (7, 2_600_000)):
-        writer.append("reading", at_ns=round(at_s * 10**9), device="G", energy_mj=energy_mj, power_w=500.0)
-    writer.close()
+        scribe.add("reading", at_s, device=A, energy_mj=energy_mj, power_w=500.0)
+    scribe.close()
     check = fold_ledgers([tmp_path / "ledger.jsonl"]).devices[0].conditions["power_over_counter"]
     assert (check["ratio"], check["num_pairs"]) == (1.0, 3)
 
 
 def test_a_lost_sensor_and_a_reset_are_sentences_of_the_report(tmp_path):
     """What stopped the counting stands in the notes, each kind once with how often and what it said last."""
-    writer = LedgerWriter(tmp_path / "ledger.jsonl")
-    device = {"uuid": "G", "name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
-    header = {"boot_id": "b", "host": socket.gethostname(), "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0}
-    header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
-    writer.append("segment", at_ns=0, devices=[{**device, "tick_s": 0.1, "p_max_w": 700.0, "note": None}], **header)
-    writer.append("reading", at_ns=10**9, device="G", energy_mj=900)
+    scribe = Scribe(tmp_path / "ledger.jsonl", 0)
+    scribe.read(1, 900)
     for second, detail in ((2, "no power read for 6.1 s"), (4, "GPU is lost")):
-        writer.append("gap", at_ns=second * 10**9, device="G", reason="lost", detail=detail)
-        writer.append("reading", at_ns=(second + 1) * 10**9, device="G", energy_mj=1000 * second)
-    writer.append("gap", at_ns=6 * 10**9, device="G", reason="reset", detail="the counter fell: driver reloaded")
-    writer.append("end", at_ns=7 * 10**9, reason="stopped")
-    writer.close()
+        scribe.add("gap", second, device=A, reason="lost", detail=detail)
+        scribe.read(second + 1, 1000 * second)
+    scribe.add("gap", 6, device=A, reason="reset", detail="the counter fell: driver reloaded")
+    scribe.end(7)
     notes = fold_ledgers([tmp_path / "ledger.jsonl"]).notes
-    assert "G: reads failed 2 times: GPU is lost" in notes
-    assert "G: the counter fell: driver reloaded, once: what it used across that is not known" in notes
+    assert f"{A}: reads failed 2 times: GPU is lost" in notes
+    assert f"{A}: the counter fell: driver reloaded, once: what it used across that is not known" in notes
