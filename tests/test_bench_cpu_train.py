@@ -33,7 +33,8 @@ def test_prints_one_json_object_a_line(bench: ModuleType, capsys: pytest.Capture
     bench.main(["--rounds", "2"], TINY, 2, 16)
     lines = {line["case"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert list(lines) == [
-        "fp32", "fp32-shipped", "fastest", "fastest-shipped", "dense/fp32", "dense/bf16", "meter",
+        "fp32", "fp32-alike", "fp32-shipped", "fastest", "fastest-alike", "fastest-shipped", "dense/fp32", "dense/bf16",
+        "meter",
     ]  # fmt: skip
     keys = {"bench", "case", "ours", "peer", "peer_name", "unit", "ratio", "floor_fraction", "hardware", "config"}
     for case, line in lines.items():

@@ -23,7 +23,7 @@ from moe.parallel.engine import Engine
 from moe.parallel.launch import start_engine
 from moe.rundir import RunDir, write_json
 from moe.tracking import Tracking
-from moe.trainer import memory
+from moe.trainer import host_memory, memory
 from moe.trainer.data import load_run_data
 from moe.trainer.environment import describe
 from moe.trainer.hooks import Hooks
@@ -145,6 +145,8 @@ def _loop(
     stop: StopRequest,
 ) -> Loop:
     """Model, optimizer and balancer, new or as the checkpoint left them."""
+    if engine.device.type == "cpu":
+        host_memory.keep_freed()  # from here on: what the text took to read is given back
     torch.manual_seed(recipe.run.seed)
     model = Transformer(recipe.model).to(engine.device)
     optimizer = build_optimizer(model, recipe.optim)

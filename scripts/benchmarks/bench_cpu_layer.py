@@ -6,8 +6,8 @@ The layer is router and experts, softmax scores, no shared expert; every round h
 round to round as in training. Peers: a dense SwiGLU as wide as the K experts of a token, without routing; and
 transformers' Qwen3-MoE block with the same weights, by the fastest of its implementations and precisions. Outputs of
 the same weights must agree before anything is timed. Everyone runs in turn, in a process of their own, on two threads;
-ratios are medians of those of each round. The floor is one matrix product of the same operations, timed in the same
-rounds.
+ratios are medians of those of each round. All keep the memory they free, as our trainer does. The floor is one matrix
+product of the same operations, timed in the same rounds.
 
 bf16 is autocast over fp32 weights on all sides; transformers may also hold its weights in bf16.
 """
@@ -26,6 +26,7 @@ from step_parts import train_layer
 from torch import Tensor, nn
 
 from moe.layers import FeedForward, MoE
+from moe.trainer.host_memory import keep_freed
 
 THREADS = 2
 AGREE = {"fp32": 1e-5, "bf16": 2e-2}  # norm of the difference over the norm
@@ -96,6 +97,7 @@ def theirs(case: Case) -> dict[str, tuple[str, torch.dtype]]:
 
 def build(case: Case, name: str) -> Callable[[int | None], None]:
     """Of one who takes part: called with a seed, a fresh batch; without, the work on it."""
+    keep_freed()
     bf16 = case.precision == "bf16"
     x = torch.empty(case.tokens, case.model)
     if name == "floor":

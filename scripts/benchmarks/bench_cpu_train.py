@@ -3,8 +3,9 @@
 Losses of the same weights must agree before anything is timed. All sides then train in turn, each in a process of its
 own, every round on a fresh batch that all of them share; numbers are medians over the rounds, on two threads. Cases:
 
-    fp32      both sides fp32, with the same head and loss; fp32-shipped: transformers with its own head and loss
-    fastest   each side in the precision that is fastest for it; likewise fastest-shipped
+    fp32      both sides fp32, with the same head and loss, each with its trainer's memory: ours keeps what is freed.
+              fp32-alike: transformers keeps it too; fp32-shipped: transformers with its own head and loss
+    fastest   each side in the precision that is fastest for it; likewise fastest-alike and fastest-shipped
     dense     tokens per second of the mixture over those of its dense twin
     meter     share of the wall time that metering a training loop takes
 
@@ -38,6 +39,7 @@ CONFIG = ModelConfig(
     num_experts_per_tok=6, moe_intermediate_size=128, first_k_dense_replace=1,
 )  # fmt: skip
 CASES = ("fp32", "fastest", "dense", "meter")
+PEERS = {"theirs": "", "alike": "-alike", "shipped": "-shipped"}  # transformers' sides, and what their cases are called
 BATCH, LENGTH, THREADS = 8, 256, 2
 AGREE = {"fp32": 1e-5, "bf16": 1e-3, "pure bf16": 3e-3}  # largest relative difference of the first losses
 METER_GOAL = 0.001
@@ -67,12 +69,10 @@ class Bench:
             self.rates[name] = product_rate(self.config, self.tokens, dtype)
         found: Lines = []
         if "fp32" in self.cases:
-            found += [self._against("fp32", "ours fp32", "theirs fp32")]
-            found += [self._against("fp32-shipped", "ours fp32", "shipped fp32")]
+            found += [self._against(f"fp32{suffix}", "ours fp32", f"{peer} fp32") for peer, suffix in PEERS.items()]
         if "fastest" in self.cases:
             mine = self._fastest("ours")
-            found += [self._against("fastest", mine, self._fastest("theirs"))]
-            found += [self._against("fastest-shipped", mine, self._fastest("shipped"))]
+            found += [self._against(f"fastest{suffix}", mine, self._fastest(peer)) for peer, suffix in PEERS.items()]
         if "dense" in self.cases:
             found += [self._against_dense(precision) for precision in ("fp32", "bf16")]
         return found
@@ -87,11 +87,11 @@ class Bench:
         cases = self.cases
         precisions = ("fp32", "bf16", "pure bf16") if "fastest" in cases else ("fp32",) if "fp32" in cases else ()
         if precisions:  # the batched way needs a weight for every token
-            ways = {way: start(build_theirs, self.config, "fp32", way, True) for way in ("grouped_mm", "eager")}
+            ways = {way: start(build_theirs, self.config, "fp32", way, True, False) for way in ("grouped_mm", "eager")}
             self.experts_ms = {way: round(min(taken), 1) for way, taken in self._race(ways).items()}
             experts = min(self.experts_ms, key=self.experts_ms.__getitem__)
-            for name, same_head in (("theirs", True), ("shipped", False)):
-                sides |= {f"{name} {p}": start(build_theirs, self.config, p, experts, same_head) for p in precisions}
+            for name, *same in (("theirs", True, False), ("alike", True, True), ("shipped", False, False)):
+                sides |= {f"{name} {p}": start(build_theirs, self.config, p, experts, *same) for p in precisions}
         if "dense" in cases:
             twin = self.config.dense_twin(match="active")
             sides |= {f"dense {p}": start(build_ours, twin, p) for p in ("fp32", "bf16")}
@@ -125,6 +125,7 @@ class Bench:
         more = {
             "ours_precision": precision, "peer_precision": peer_precision, "attention": "sdpa",
             "peer_head": "its own" if other.startswith("shipped") else "ours", "compile": False,
+            "malloc": "keeps", "peer_malloc": "keeps" if other.startswith("alike") else "as it is",
             "peer_experts_ms": self.experts_ms,
             "all_ms": {name: round(1e3 * self._median_s(name), 1) for name in self.times},
             "spread_ms": {name: [round(f(self.times[name]), 1) for f in (min, max)] for name in (mine, other)},

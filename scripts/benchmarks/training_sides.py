@@ -1,8 +1,9 @@
 """One training step on two sides: ours and transformers' DeepSeek-V3, alike in everything but the layers.
 
 Both start from the same weights and take forward, loss, backward, gradient clipping, fused AdamW over the same groups,
-and zero_grad, on the same attention of torch (sdpa) and uncompiled; ours also moves the expert biases. Precisions:
-fp32; bf16, autocast over fp32 weights; pure bf16, weights and optimizer states too.
+and zero_grad, on the same attention of torch (sdpa) and uncompiled; ours also moves the expert biases, and its process
+keeps freed memory as our trainer's does. Precisions: fp32; bf16, autocast over fp32 weights; pure bf16, weights and
+optimizer states too.
 """
 
 import tempfile
@@ -17,6 +18,7 @@ from moe import Balancer, ModelConfig, Transformer, hf
 from moe.config import OptimConfig
 from moe.layers.head import next_token_labels
 from moe.optim import build_optimizer
+from moe.trainer.host_memory import keep_freed
 
 __all__ = ["Ours", "Side", "Theirs", "batch_of", "build_ours", "build_theirs"]
 
@@ -110,14 +112,17 @@ def batch_of(config: ModelConfig, shape: tuple[int, int], seed: int) -> Tensor:
 
 def build_ours(config: ModelConfig, shape: tuple[int, int], precision: str) -> Callable[[int], float]:
     """Our side's step over the batch of a seed."""
+    keep_freed()
     side = Ours(config, precision)
     return lambda seed: side.step(batch_of(config, shape, seed))
 
 
 def build_theirs(
-    config: ModelConfig, shape: tuple[int, int], precision: str, experts: str, same_head: bool
+    config: ModelConfig, shape: tuple[int, int], precision: str, experts: str, same_head: bool, same_malloc: bool
 ) -> Callable[[int], float]:
-    """The same of transformers' side."""
+    """The same of transformers' side. same_malloc: it keeps freed memory too, which transformers' Trainer does not."""
+    if same_malloc:
+        keep_freed()
     side = Theirs(Ours(config, "fp32"), precision, experts, same_head=same_head)
     return lambda seed: side.step(batch_of(config, shape, seed))
 
