@@ -7,7 +7,7 @@ lock for most of its time, and ptxas is a process of its own: two threads on two
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -19,10 +19,10 @@ from ._triton import triton
 
 __all__ = ["compile_ahead", "launch"]
 
-_MOST_THREADS = 16  # the self-check has some eighty kernels, about half a second each
+_MOST_THREADS = 16  # a self-check has some ninety kernels, about half a second each
 
-# of the thread that compiles ahead: others launch meanwhile
-_ahead: ContextVar[tuple[ThreadPoolExecutor, list[Future]] | None] = ContextVar("ahead", default=None)
+# Triton's mode of the thread that compiles ahead: others launch meanwhile
+_ahead: ContextVar[Any] = ContextVar("ahead", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -31,17 +31,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Triton asks a context variable for that memory. Autograd's threads have none set, and a caller's own is left alone:
     the launch runs in a copy of the context.
     """
-    if (ahead := _ahead.get()) is not None:
-        pool, tasks = ahead
-        tasks.append(pool.submit(_compile, kernel, grid, args, options))
-    elif args[0].is_cuda:
-        context = copy_context()
+    if args[0].is_cuda:
+        run = _launch if _ahead.get() is None else _compile
         # Triton launches on the current device, not on its arguments'
         with torch.cuda.device(args[0].device):
-            context.run(triton.set_allocator, _allocate)
-            context.run(kernel[grid], *args, **options)
+            copy_context().run(run, kernel, grid, args, options)
     else:
         kernel[grid](*args, **options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    triton.set_allocator(_allocate)
+    kernel[grid](*args, **options)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -50,8 +51,13 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
-    with torch.cuda.device(args[0].device):
-        kernel.warmup(*args, grid=grid, **options)
+    """Have it compiled by a thread of the pool, unless an equal one is already.
+
+    What this thread does itself is what threads must not do at once: Triton makes its driver at the first use without
+    a lock, by a C compiler, and of two drivers one takes no arguments of the other's types.
+    """
+    _ahead.get().__enter__()  # until the copy of the context is gone: leaving it would wait for the pool
+    kernel.warmup(*args, grid=grid, **options)
 
 
 def _threads() -> int:
@@ -62,17 +68,17 @@ def _threads() -> int:
 
 @contextmanager
 def compile_ahead() -> Iterator[None]:
-    """Within it this thread launches nothing, and what it would launch is compiled by several threads.
+    """Within it this thread launches nothing on a GPU; what it would launch there is compiled by several threads.
 
     It ends when all is compiled. Raises what the compiler raises. Backward passes must be of this thread too
     (`torch.autograd.set_multithreading_enabled`).
     """
-    tasks: list[Future] = []
     with ThreadPoolExecutor(_threads()) as pool:
-        token = _ahead.set((pool, tasks))
+        mode = triton.AsyncCompileMode(pool)
+        token = _ahead.set(mode)
         try:
             yield
         finally:
             _ahead.reset(token)
-    for task in tasks:
-        task.result()
+    for compiled in mode.future_kernels.values():
+        compiled.result()

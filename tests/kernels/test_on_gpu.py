@@ -1,6 +1,7 @@
 """What only a GPU can show: no synchronisation, CUDA graphs, inductor, a second device, programs with several tiles."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_cuda_graph() -> None:
             old.copy_(new)
         graph.replay()
         assert torch.equal(y, layer(*inputs))
+
+
+def test_descriptors_have_memory_in_a_fresh_thread() -> None:
+    """Triton asks a context variable for it, which a new thread does not have: launches bring their own, and leave the
+    thread's as it was."""
+    from triton.runtime._allocation import _allocator
+
+    inputs = leaves(8192)
+    want = layer(*inputs)
+
+    def work() -> tuple[Tensor, bool]:
+        before = _allocator.get()
+        return layer(*inputs), before is _allocator.get()
+
+    with ThreadPoolExecutor(1) as pool:
+        got, same = pool.submit(work).result()
+    assert same
+    assert torch.equal(got, want)
 
 
 def test_compiled_by_inductor() -> None:
