@@ -53,7 +53,7 @@ def sort_by_expert(
     """
     if topk_index_TK.dim() != 2:
         raise KernelError(f"topk_index_TK has {topk_index_TK.dim()} dimensions: give (tokens, top_k)")
-    backend = resolve(backend, topk_index_TK.device)
+    backend = resolve(backend, topk_index_TK.device, "sort_by_expert")
     order, place, offsets = _sort_by_expert(topk_index_TK, n_experts, tokens_per_expert, backend)
     return Dispatch(order, order // max(topk_index_TK.shape[1], 1), place, offsets)
 
@@ -197,10 +197,14 @@ def _(index: Tensor, n_experts: int, counts: Tensor | None, backend: str) -> tup
 
 
 def _probe(side: Side) -> dict[str, Tensor]:
-    """Two blocks of rows; the last two experts stay empty."""
+    """Two blocks of rows; the last two experts stay empty. Rows are counted here, or by the router."""
     index = torch.randint(E - 2, (2 * T, K), generator=torch.Generator().manual_seed(0))
-    order, place, offsets = _sort_by_expert(index.to(side.device), E, None, side.backend)
-    return {"order": order, "place": place, "offsets": offsets}
+    found: dict[str, Tensor] = {}
+    for case, counts in (("counted", None), ("counts given", index.flatten().bincount(minlength=E).int())):
+        given = None if counts is None else counts.to(side.device)
+        results = _sort_by_expert(index.to(side.device), E, given, side.backend)
+        found |= {f"{name} ({case})": t for name, t in zip(("order", "place", "offsets"), results, strict=True)}
+    return found
 
 
 register_check(Check("sort_by_expert", _probe, {torch.float32: 0.0}))

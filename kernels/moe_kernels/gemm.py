@@ -13,6 +13,7 @@ Example: offsets 0 2 2 3 with one input and one output, w = 10 20 30, x = 1 2 3 
 dw = 3 0 3.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def grouped_gemm(x_RI: Tensor, w_EOI: Tensor, offsets_E1: Tensor, *, backend: st
         )
     if offsets_E1.shape != (w_EOI.shape[0] + 1,):
         raise KernelError(f"offsets_E1 has shape {tuple(offsets_E1.shape)}: give ({w_EOI.shape[0] + 1},)")
-    return _grouped_gemm(x_RI, w_EOI, offsets_E1, resolve(backend, x_RI.device))
+    return _grouped_gemm(x_RI, w_EOI, offsets_E1, resolve(backend, x_RI.device, "grouped_gemm", x_RI.dtype))
 
 
 # by backend; what the library ops of this package are built from
@@ -135,19 +136,20 @@ _grouped_gemm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
-    """One expert has more rows than a tile; others have few, one or none."""
+    """One expert has more rows than a tile; others have few, one or none. Weights lie either way round."""
     g = torch.Generator().manual_seed(0)
     rows_of = {16: [0, 1, 70, 0, 5, 17, 11, 3, 2, 2, 0, 0], 64: [0, 3, 150, 64], 128: [400, 133]}
     found: dict[str, Tensor | None] = {}
-    for block, aligned in families(side.tested_dtype):
+    for (block, aligned), transposed in product(families(side.tested_dtype), (False, True)):
         rows, (n_out, n_in) = rows_of[block], widths(block, aligned)
         offsets = torch.zeros(len(rows) + 1, dtype=torch.int32)
         offsets[1:] = torch.tensor(rows).cumsum(0)
         x = side.leaf(normal(sum(rows), n_in, make=g))
-        w = side.leaf(normal(len(rows), n_out, n_in, make=g) / n_in**0.5)
-        y = _grouped_gemm(x, w, offsets.to(side.device), side.backend)
+        w = side.leaf(normal(len(rows), *((n_in, n_out) if transposed else (n_out, n_in)), make=g) / n_in**0.5)
+        w_EOI = w.transpose(1, 2) if transposed else w
+        y = _grouped_gemm(x, w_EOI, offsets.to(side.device), side.backend)
         y.backward(side.put(normal(sum(rows), n_out, make=g)), inputs=[x, w])
-        where = f"of {block}-row tiles, {n_in} by {n_out}"
+        where = f"of {block}-row tiles, {n_in} by {n_out}{', transposed weights' if transposed else ''}"
         found |= {f"{name} {where}": t for name, t in (("y", y), ("dx", x.grad), ("dw", w.grad))}
     return found
 

@@ -15,7 +15,7 @@ Backward, with dy the gradient of y and q_r = dy[token r] @ down[e]:
 Between forward and backward only x, h and the index arrays are kept: a is computed again, o is never needed.
 fp32 weights under autocast are cast once forward and once backward, each just before the product that reads it, and the
 copy is dropped after it. Kept from one pass to the other, the copies of all layers would lie beside each other, 2 bytes
-a parameter: for Qwen3-30B 1.2 GB a layer, where x and h are 0.9. Casting again is predicted to take 1.0 ms of 17.5.
+a parameter: for Qwen3-30B 1.2 GB a layer, where x and h are 0.9. Casting again is predicted to take 1.0 ms of 17.4.
 Products that read fp32 themselves are no way out: the tensor cores take weights from shared memory only, in 16 bits, so
 that every tile would be loaded at twice the size, converted in registers and written back.
 With weighting="before" the weight scales x instead of a: gate and up are w_r h_r, a_r has no weight, dh_r gets the
@@ -79,7 +79,7 @@ def expert_mlp(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     return _expert_mlp(
         x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, keep,
-        resolve(backend, x_TD.device),
+        resolve(backend, x_TD.device, "expert_mlp", x_TD.dtype),
     )[0]  # fmt: skip
 
 
@@ -237,7 +237,8 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 def _probe(side: Side) -> dict[str, Tensor | None]:
     """Few rows: most tokens choose expert 0, some a null one, and the last two of 12 have none. More: two experts share
-    them; the most: one has four of five tokens. Odd sizes of the second kind have their weights before the experts."""
+    them; the most: one has four of five tokens. Each as models train; without gradients; and otherwise, with D and F
+    changed over: counts given, masters that lie transposed, and the weight before the experts or nowhere."""
     g = torch.Generator().manual_seed(0)
     few = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(T)])
     few[:24, 1] = 0
@@ -248,15 +249,27 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
     found: dict[str, Tensor | None] = {}
     for block, aligned in families(side.tested_dtype):
         (index, n_experts, nulls), (width, hidden) = chosen[block], widths(block, aligned)
-        weighting = "before" if (block, aligned) == (64, False) else "after"
-        x = side.leaf(normal(len(index), width, make=g))
-        gate_up = side.leaf(normal(n_experts, 2 * hidden, width, make=g) / width**0.5)
-        down = side.leaf(normal(n_experts, width, hidden, make=g) / hidden**0.5)
-        weight = (uniform(*index.shape, make=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
-        y, *_ = _expert_mlp(x, gate_up, down, index.to(side.device), weight, None, nulls, weighting, True, side.backend)
-        y.backward(side.put(normal(*y.shape, make=g)), inputs=[x, gate_up, down, weight])
-        grads = {"dx": x.grad, "dgate_up": gate_up.grad, "ddown": down.grad, "dweight": weight.grad}
-        found |= {f"{name} of {block}-row tiles, {width} by {hidden}": t for name, t in ({"y": y} | grads).items()}
+        other = "before" if (block == 64) == aligned else "none"  # both among aligned families, and in fp32
+        for weighting, (D, F) in (("after", (width, hidden)), (other, (hidden, width))):
+            where = f"of {block}-row tiles, {D} by {F}, weighting {weighting}"
+            x, counts = side.leaf(normal(len(index), D, make=g)), None
+            weight = (uniform(*index.shape, make=g) + 0.5).to(side.device).requires_grad_()  # fp32 on both sides
+            gate_up, down = normal(n_experts, 2 * F, D, make=g) / D**0.5, normal(n_experts, D, F, make=g) / F**0.5
+            if weighting == "after":
+                leaves = side.leaf(gate_up), side.leaf(down)
+                experts = leaves
+            else:
+                counts = index.flatten().bincount(minlength=n_experts + nulls).int().to(side.device)
+                leaves = side.master(gate_up.mT.contiguous()), side.master(down.mT.contiguous())
+                experts = leaves[0].mT, leaves[1].mT
+            given = (x, *experts, index.to(side.device), weight, counts, nulls, weighting)
+            y, *_ = _expert_mlp(*given, True, side.backend)
+            y.backward(side.put(normal(*y.shape, make=g)), inputs=[x, *leaves, weight])
+            found |= {f"y {where}": y, f"dx {where}": x.grad, f"dweight {where}": weight.grad}
+            found |= {f"dgate_up {where}": leaves[0].grad, f"ddown {where}": leaves[1].grad}
+            if weighting == "after":
+                with torch.no_grad():
+                    found[f"y without gradients {where}"] = _expert_mlp(*given, False, side.backend)[0]
     return found
 
 

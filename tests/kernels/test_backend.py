@@ -75,8 +75,11 @@ def test_old_gpus_get_torch_by_default_and_refuse_triton(
         resolve("triton", "cuda")
 
 
-def pretend_checks(monkeypatch: pytest.MonkeyPatch, **runs: Callable[[torch.device], None]) -> None:
-    checks = {op: SimpleNamespace(op=op, run=run) for op, run in runs.items()}
+def pretend_checks(
+    monkeypatch: pytest.MonkeyPatch, *dtypes: torch.dtype, **runs: Callable[[torch.device, torch.dtype], None]
+) -> None:
+    tolerance = dict.fromkeys(dtypes or [torch.float32], 0.0)
+    checks = {op: SimpleNamespace(op=op, run=run, tolerance=tolerance) for op, run in runs.items()}
     monkeypatch.setattr(backend_module, "_checks", checks)
 
 
@@ -84,44 +87,62 @@ def test_self_check_runs_once_and_again_after_a_failure(monkeypatch: pytest.Monk
     """Once per device, triton and torch; a failure is not remembered as a pass, and never becomes torch silently."""
     pretend_gpu(monkeypatch, (9, 0))
     calls: list[Any] = []
-    pretend_checks(monkeypatch, expert_mlp=calls.append)
-    assert resolve(None, "cuda:0") == resolve("triton", "cuda:0") == "triton"
-    assert calls == [torch.device("cuda:0")]
+    pretend_checks(monkeypatch, expert_mlp=lambda *asked: calls.append(asked))
+    assert resolve(None, "cuda:0", "expert_mlp") == resolve("triton", "cuda:0", "expert_mlp") == "triton"
+    assert calls == [(torch.device("cuda:0"), torch.float32)]
 
-    def fails(device: Any) -> None:
+    def fails(device: Any, dtype: Any) -> None:
         raise KernelError("expert_mlp dx is off")
 
     pretend_gpu(monkeypatch, (9, 0))
     pretend_checks(monkeypatch, expert_mlp=fails)
     for _ in range(2):
         with pytest.raises(KernelError, match="dx is off"):
-            resolve(None, "cuda:0")
+            resolve(None, "cuda:0", "expert_mlp")
 
 
 def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call of an op resolves; from the second on that is a look-up. `cuda` alone may be another each time."""
     pretend_gpu(monkeypatch, (9, 0))
-    pretend_checks(monkeypatch)
+    pretend_checks(monkeypatch, expert_mlp=lambda *asked: None)
     asked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
-    assert [resolve(None, torch.device("cuda", 1)) for _ in range(3)] == ["triton"] * 3
+    here = (torch.device("cuda", 1), "expert_mlp", torch.float32)
+    assert [resolve(None, *here) for _ in range(3)] == ["triton"] * 3
     assert asked == [torch.device("cuda:1")]
     assert resolve(None, "cuda") == resolve(None, "cuda") == "triton"
     assert len(asked) == 3
 
 
-def test_an_op_loaded_later_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has passed is not run again, what came since is; the torch backend runs none."""
+def test_only_what_is_used_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op, in the dtype of its first use: who trains in bf16 does not wait for fp32 or fp16; torch runs none."""
     pretend_gpu(monkeypatch, (9, 0))
-    calls: list[str] = []
-    pretend_checks(monkeypatch, early=lambda device: calls.append("early"))
-    resolve(None, "cuda")
-    backend_module.register_check(SimpleNamespace(op="late", run=lambda device: calls.append("late")))  # type: ignore[arg-type]
-    resolve("torch", "cuda")
-    assert calls == ["early"]
-    resolve(None, "cuda")
-    resolve(None, "cuda")
-    assert calls == ["early", "late"]
+    calls: list[Any] = []
+    both = (torch.float32, torch.bfloat16)
+    pretend_checks(
+        monkeypatch, *both, a=lambda device, dtype: calls.append("a"), b=lambda device, dtype: calls.append(dtype)
+    )
+    resolve("torch", "cuda", "b", torch.float32)
+    assert calls == []
+    for _ in range(2):
+        resolve(None, "cuda", "b", torch.bfloat16)
+    assert calls == [torch.bfloat16]
+    resolve(None, "cuda", "b", torch.float32)
+    assert calls == [torch.bfloat16, torch.float32]
+    for _ in range(2):
+        resolve(None, "cuda")
+    assert calls == [torch.bfloat16, torch.float32, "a", "a"]
+
+
+def test_a_dtype_without_a_check_gets_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What nobody checks does not run unchecked: the log says so, and asking for it is an error."""
+    pretend_gpu(monkeypatch, (9, 0))
+    pretend_checks(monkeypatch, torch.float32, torch.bfloat16, expert_mlp=lambda *asked: None)
+    assert resolve(None, "cuda:0", "expert_mlp", torch.float64) == "torch"
+    assert "expert_mlp in torch.float64 has no self-check" in caplog.text
+    with pytest.raises(KernelError, match=r"cast to one of torch\.float32, torch\.bfloat16$"):
+        resolve("triton", "cuda:0", "expert_mlp", torch.float64)
+    assert resolve(None, "cuda:0", "expert_mlp", torch.bfloat16) == "triton"
 
 
 def test_threads_wait_for_one_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,16 +150,16 @@ def test_threads_wait_for_one_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (9, 0))
     started, release, calls = threading.Event(), threading.Event(), []
 
-    def slow(device: Any) -> None:
+    def slow(device: Any, dtype: Any) -> None:
         calls.append(device)
         started.set()
         assert release.wait(30)
 
     pretend_checks(monkeypatch, expert_mlp=slow)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(resolve, None, "cuda:0")
+        first = pool.submit(resolve, None, "cuda:0", "expert_mlp")
         assert started.wait(30)
-        second = pool.submit(resolve, None, "cuda:0")
+        second = pool.submit(resolve, None, "cuda:0", "expert_mlp")
         with pytest.raises(TimeoutError):
             second.result(timeout=0.1)
         release.set()
@@ -146,19 +167,29 @@ def test_threads_wait_for_one_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(
-    ("op", "checked"),
-    [
-        ("topk_route", "topk_route"),
-        ("sort_by_expert", "sort_by_expert"),
-        ("grouped_gemm", "grouped_gemm"),
-        ("expert_mlp", "expert_mlp grouped_gemm sort_by_expert"),
-    ],
-)
-def test_using_an_op_checks_it_and_what_it_is_built_of(op: str, checked: str) -> None:
-    """An op cannot be had without its own check and those of its parts."""
-    names = "sorted(check.op for check in moe_kernels.backend.registered_checks())"
-    assert run(f"import moe_kernels; moe_kernels.{op}; print(*{names})") == checked
+def test_ops_say_what_is_to_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each resolves by the name that its file registered, in the dtype that it will compute in."""
+    asked: list[Any] = []
+
+    def record(backend: str | None, device: torch.device, op: str, dtype: torch.dtype | None = None) -> str:
+        assert op in {check.op for check in backend_module.registered_checks()}
+        asked.append((op, dtype))
+        return "torch"
+
+    for file in ("dispatch", "gemm", "mlp", "routing"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "resolve", record)
+    logits, x, gate_up, down = torch.randn(4, 6), torch.randn(4, 8), torch.randn(6, 8, 8), torch.randn(6, 8, 4)
+    route = moe_kernels.topk_route(logits.half(), top_k=2)
+    rows = moe_kernels.sort_by_expert(route.topk_index_TK, 6)
+    moe_kernels.grouped_gemm(x[rows.token_R], gate_up, rows.offsets_E1)
+    with torch.autocast("cpu", torch.bfloat16):
+        moe_kernels.expert_mlp(x, gate_up, down, route.topk_index_TK, route.topk_weight_TK)
+    assert asked == [
+        ("topk_route", torch.float16),
+        ("sort_by_expert", None),
+        ("grouped_gemm", torch.float32),
+        ("expert_mlp", torch.bfloat16),
+    ]
 
 
 WITHOUT_TRITON = """
@@ -214,11 +245,17 @@ def test_self_check_covers_every_family_of_tiles(monkeypatch: pytest.MonkeyPatch
     assert several == {16, 64, 128}
 
 
+def only_family(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """One kind of tiles and small products: the interpreter is slow."""
+    for file in ("gemm", "mlp"):
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "families", lambda dtype: [(block, False)])
+        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "widths", lambda block, aligned: (33, 35))
+
+
 @pytest.fixture
 def one_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest tiles only: what is asked does not depend on them, and the interpreter is slow."""
-    for file in ("gemm", "mlp"):
-        monkeypatch.setattr(import_module(f"moe_kernels.{file}"), "families", lambda dtype: [(16, True)])
+    """The smallest tiles only: what is asked does not depend on them."""
+    only_family(monkeypatch, 16)
 
 
 @pytest.mark.interpreter
@@ -297,7 +334,92 @@ def test_self_check_catches_a_kernel_one_percent_off(
 
     monkeypatch.setattr(module, function, off)
     with pytest.raises(KernelError, match=f"{op} {wrong} "):
-        backend_module._checks[op].run(torch.device("cpu"))
+        backend_module._checks[op].run(torch.device("cpu"), torch.float32)
+
+
+FP32, FP16 = torch.float32, torch.float16
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of surplus rows, which nobody wrote
+@pytest.mark.parametrize(
+    ("op", "dtype", "block", "file", "function", "concerned", "wrong"),
+    [
+        pytest.param(*case[1:], id=case[0])
+        for case in (
+            ("fp16", "expert_mlp", FP16, 16, "mlp_triton", "product", lambda x, *_: True, "y .* in float16"),
+            ("fp16-gemm", "grouped_gemm", FP16, 16, "gemm_triton", "wgrad", lambda *_: True, "dw .* in float16"),
+            ("fp16-logits", "topk_route", FP16, 16, "routing_forward", "_forward_triton", lambda *_: True, "weight "),
+            (
+                "transposed", "grouped_gemm", FP32, 16, "gemm_triton", "product",
+                lambda x, w, *_: not w.is_contiguous(), "y .* transposed weights",
+            ),
+            (
+                "transposed-gate-up", "expert_mlp", FP32, 16, "mlp_triton", "swiglu_product",
+                lambda x, gate_up, *_: not gate_up.is_contiguous(), "y .* weighting before",
+            ),
+            (
+                "transposed-down", "expert_mlp", FP32, 16, "mlp_triton", "swiglu_backward_product",
+                lambda dy, down, *_: not down.is_contiguous(), "dx .* weighting before",
+            ),
+            (
+                "weighting-none", "expert_mlp", FP32, 64, "mlp_triton", "swiglu_product",
+                lambda *args: args[5] == "none", "y .* weighting none",
+            ),
+            (
+                "weighting-before", "expert_mlp", FP32, 16, "mlp_triton", "swiglu_backward_product",
+                lambda *args: args[6] == "before", "dx .* weighting before",
+            ),
+            (
+                "without-gradients", "expert_mlp", FP32, 16, "mlp_triton", "swiglu_product",
+                lambda *args: not args[6], "y without gradients",
+            ),
+            (
+                "fp32-masters", "expert_mlp", FP16, 16, "mlp_triton", "wgrad",
+                lambda *args: args[3] == FP32, "dgate_up .* in float32",
+            ),
+        )
+    ],
+)  # fmt: skip
+def test_self_check_catches_what_only_some_calls_launch(
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    dtype: torch.dtype,
+    block: int,
+    file: str,
+    function: str,
+    concerned: Callable[..., bool],
+    wrong: str,
+) -> None:
+    """Each is a kernel of its own to the compiler; that one alone computes a percent too much, and is refused in one
+    sentence."""
+    only_family(monkeypatch, block)
+    module = import_module(f"moe_kernels.{file}")
+    right = getattr(module, function)
+
+    def off(*args: Any) -> Any:
+        out = right(*args)
+        if not concerned(*args):
+            return out
+        parts = out if isinstance(out, tuple) else (out,)
+        more = tuple(part * 1.01 if part.is_floating_point() else part for part in parts)
+        return more if isinstance(out, tuple) else more[0]
+
+    check = backend_module._checks[op]
+    monkeypatch.setattr(module, function, off)
+    with pytest.raises(KernelError, match=f"^{op} {wrong}") as caught:
+        check.run(torch.device("cpu"), dtype)
+    assert str(caught.value).endswith("pass backend='torch' or install another triton")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of surplus rows, which nobody wrote
+@pytest.mark.parametrize("op", ["expert_mlp", "grouped_gemm", "topk_route"])
+@pytest.mark.usefixtures("one_family")
+def test_self_check_passes_in_fp16(op: str) -> None:
+    """Its bound has room for the rounding to 11 bits, and for no percent."""
+    backend_module._checks[op].run(torch.device("cpu"), FP16)
 
 
 @pytest.mark.interpreter
@@ -337,7 +459,7 @@ def test_self_check_catches_a_wrong_statistic(monkeypatch: pytest.MonkeyPatch, p
 
     monkeypatch.setattr(routing_forward, "_forward_triton", off)
     with pytest.raises(KernelError, match=f"topk_route {wrong} "):
-        backend_module._checks["topk_route"].run(torch.device("cpu"))
+        backend_module._checks["topk_route"].run(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("nudge", [-1e-6, 1e-6])  # ten times what rounding does; equal scores stay equal
