@@ -13,8 +13,9 @@ Every op file registers a self-check when it is imported: the op forward and bac
 torch reference (see `agreement.py`). The first use of an op on a CUDA device in a dtype runs its check there in that
 dtype, so who trains in bf16 does not wait for kernels of fp16. Each probe launches all that its op does: fp32, bf16 and
 fp16; every family of tiles; weights that lie either way round, of the activations' dtype or masters in fp32; the
-routing weight after, before and nowhere; h stored and not; counts given and not. A family has each of these, not each
-with every other. A kernel compiled wrongly stops the run instead of training on wrong gradients.
+routing weight after, before and nowhere; h stored and not; counts given and not. A family has each of these, of the
+places of the routing weight two, and not each with every other. A kernel compiled wrongly stops the run instead of
+training on wrong gradients.
 
 Not checked are what Triton compiles anew for a number that only the model knows (top-k, experts, groups), integers
 other than int64 as choices, and the wrong code that only such a number or a larger size brings out.

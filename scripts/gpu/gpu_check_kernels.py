@@ -27,7 +27,7 @@ def run(part: Part) -> None:
 
 
 def self_check(part: Part) -> None:
-    """What a training run does when it first resolves its backend, compilation included."""
+    """What first uses do, of every op in every dtype at once, compilation included."""
     log, start = "selfcheck.log", time.monotonic()
     variables = {"TRITON_INTERPRET": "1"} if part.dry else {}
     code = DRY_SELF_CHECK if part.dry else SELF_CHECK
