@@ -5,6 +5,7 @@
       environment.json   commit, versions, devices, launch
       data.json          hashes of corpus, splits and tokenizer; tokens and bytes of the validation split
       tokenizer.json     the tokenizer the run was trained with; tokenizer_config.json names its end-of-text token
+      tokens/            its text as tokens, a prepared folder a source; made again when it is missing
       metrics.jsonl      append-only, one object a line (below)
       ledger.jsonl       energy ledger of the first node; ledger.nodeN.jsonl on the others
       checkpoints/       step_NNNNNNNN/ with a manifest of checksums
@@ -47,6 +48,7 @@ class RunDir:
         self.data = self.root / "data.json"
         self.tokenizer = self.root / "tokenizer.json"
         self.tokenizer_config = self.root / "tokenizer_config.json"
+        self.tokens = self.root / "tokens"
         self.metrics = self.root / "metrics.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.skipped = self.root / "skipped.json"

@@ -1,7 +1,7 @@
-"""Text to batches: sources -> documents -> tokenizer -> tokens, in memory, in shards or as a stream -> sequences."""
+"""Text to batches: sources -> documents -> tokenizer -> tokens, in shards or as a stream -> sequences."""
 
 from moe.data.given import WithinVocabulary, data_from_tokens
-from moe.data.load import Sampling, TrainingData, load_data, make_tokenizer, open_sources
+from moe.data.load import Sampling, TrainingData, load_data, make_tokenizer, open_encoder, open_sources, own_texts
 from moe.data.mixture import Mixture
 from moe.data.prefetch import Prefetch
 from moe.data.sequences import SequenceReader, Sequences
@@ -19,5 +19,7 @@ __all__ = [
     "data_from_tokens",
     "load_data",
     "make_tokenizer",
+    "open_encoder",
     "open_sources",
+    "own_texts",
 ]

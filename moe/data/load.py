@@ -1,6 +1,6 @@
 """The section `data` into what training reads: sources, tokenizer, tokens, sequences, in this order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,10 +13,10 @@ from moe.data.shuffle import ShuffledDocuments
 from moe.data.sources import Source, open_source
 from moe.data.streaming import TokenStream, fingerprint
 from moe.data.tokenizer import DocumentEncoder, copy_tokenizer, tokenizer_file, train_tokenizer
-from moe.data.tokens import DataFacts, SourceTokens, SplitTokens, joint_sha256, tokenise, tokenise_split
+from moe.data.tokens import DataFacts, SourceTokens, SplitTokens, joint_sha256, tokenise_split
 from moe.errors import DataError
 
-__all__ = ["Sampling", "TrainingData", "load_data", "make_tokenizer", "open_sources"]
+__all__ = ["Sampling", "TrainingData", "load_data", "make_tokenizer", "open_encoder", "open_sources", "own_texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,27 +71,42 @@ def make_tokenizer(sources: Sequence[Source | PreparedFolder], config: DataConfi
         train_tokenizer(chain.from_iterable(first), vocab_size, file)
 
 
-def load_data(
-    sources: Sequence[Source | PreparedFolder],
-    config: DataConfig,
-    tokenizer: Path,
-    vocab_size: int,
-    sampling: Sampling,
-    *,
-    verify: bool = True,
-) -> TrainingData:
-    """Training and validation sequences, with the tokenizer at `tokenizer`.
-
-    `verify` compares the shards of prepared folders with their hashes: one rank is enough. Raises DataError or
-    ConfigError for what cannot be trained on.
-    """
+def open_encoder(tokenizer: Path, vocab_size: int) -> DocumentEncoder:
+    """The tokenizer at `tokenizer`. Raises DataError when it has more tokens than the model."""
     encoder = DocumentEncoder(tokenizer)
     if encoder.size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size} is less than the {encoder.size} tokens of {tokenizer}; "
             f"set model.vocab_size={encoder.size}, or more"
         )
-    parts = [_part(source, config, encoder, sampling, verify=verify) for source in sources]
+    return encoder
+
+
+def own_texts(
+    sources: Sequence[Source | PreparedFolder], config: DataConfig, tokens: Path
+) -> Iterator[tuple[Source, Path]]:
+    """The sources whose text the run tokenises itself, each with the folder under `tokens` that holds what it gives."""
+    for number, source in enumerate(sources):
+        if isinstance(source, Source) and not config.streaming:
+            yield source, tokens / str(number)
+
+
+def load_data(
+    sources: Sequence[Source | PreparedFolder],
+    config: DataConfig,
+    encoder: DocumentEncoder,
+    tokens: Path,
+    sampling: Sampling,
+    *,
+    verify: bool = True,
+) -> TrainingData:
+    """Training and validation sequences. What `own_texts` names must be tokenised by now.
+
+    `verify` compares the shards of prepared folders with their hashes: one rank is enough. Raises DataError or
+    ConfigError for what cannot be trained on.
+    """
+    folders: dict[Source | PreparedFolder, Path] = dict(own_texts(sources, config, tokens))
+    parts = [_part(source, folders.get(source), config, encoder, sampling, verify=verify) for source in sources]
     held_out = [Sequences(part.validation.tokens, sampling.seq_len, None) for part in parts]
     weights = config.weights or (1.0,)
     facts = _facts(config, weights, parts, encoder)
@@ -102,17 +117,23 @@ def load_data(
 
 
 def _part(
-    source: Source | PreparedFolder, config: DataConfig, encoder: DocumentEncoder, sampling: Sampling, *, verify: bool
-) -> _Part:
-    if isinstance(source, Source) and config.streaming:
+    source: Source | PreparedFolder, folder: Path | None, config: DataConfig, encoder: DocumentEncoder,
+    sampling: Sampling, *, verify: bool,
+) -> _Part:  # fmt: skip
+    if isinstance(source, PreparedFolder):
+        tokens = _prepared(source, encoder, verify)
+        sha256 = tokens.sha256
+    elif folder is not None:
+        tokens = PreparedFolder(folder).tokens(verify=False)  # whoever made them, or found them, has just seen them
+        sha256 = joint_sha256((tokens.train.sha256, tokens.validation.sha256))  # the text, wherever its tokens lie
+    else:
         return _streamed(source, config, encoder, sampling)
-    tokens = _prepared(source, encoder, verify) if isinstance(source, PreparedFolder) else tokenise(source, encoder)
     train = Sequences(tokens.train.tokens, sampling.seq_len, sampling.seed)
-    return _Part(train, len(tokens.train.tokens), tokens.train.sha256, tokens.validation, tokens.sha256)
+    return _Part(train, len(tokens.train.tokens), tokens.train.sha256, tokens.validation, sha256)
 
 
 def _prepared(folder: PreparedFolder, encoder: DocumentEncoder, verify: bool) -> SourceTokens:
-    if folder.index["tokenizer_sha256"] != encoder.sha256 or folder.index["end_token"] != encoder.end_token:
+    if not folder.made_with(encoder):
         raise DataError(
             f"data.source={folder.name!r} was prepared with another tokenizer than the run's; prepare all of the run's "
             "folders with one --tokenizer, and leave data.tokenizer and data.end_token none"

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.data.tokenizer import DocumentEncoder
 from moe.data.tokens import SourceTokens, SplitTokens, joint_sha256
 from moe.errors import DataError
 
@@ -108,6 +109,10 @@ class PreparedFolder:
         if not isinstance(index, dict) or not index.keys() >= {"complete", "settings", "train", "validation"}:
             raise _changed(folder / INDEX, "lacks parts of an index")
         return index
+
+    def made_with(self, encoder: DocumentEncoder) -> bool:
+        """Whether its tokens are those that `encoder` makes of the same text."""
+        return (self.index["tokenizer_sha256"], self.index["end_token"]) == (encoder.sha256, encoder.end_token)
 
     def tokens(self, *, verify: bool) -> SourceTokens:
         """Its splits. `verify` hashes every shard, a second or so a gigabyte; DataError for one that changed."""

@@ -34,6 +34,7 @@ class DocumentEncoder:
     """
 
     def __init__(self, file: Path, end_token: str | None = None) -> None:
+        self.file = file
         self._tokenizer = _loaded(file)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

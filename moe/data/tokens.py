@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.data.sources import Source
 from moe.data.tokenizer import DocumentEncoder
 from moe.errors import DataError
 
-__all__ = ["DataFacts", "SourceTokens", "SplitTokens", "Tally", "Tokens", "joint_sha256", "tokenise", "tokenise_split"]
+__all__ = ["DataFacts", "SourceTokens", "SplitTokens", "Tally", "Tokens", "joint_sha256", "tokenise_split"]
 
 
 class Tokens(Protocol):
@@ -90,20 +89,13 @@ class Tally:
         return self._digest.hexdigest()
 
 
-def tokenise(source: Source, encoder: DocumentEncoder) -> SourceTokens:
-    """Both splits in memory, two or four bytes a token; the text is not kept."""
-    train = tokenise_split(source.name, source.documents("train"), encoder)
-    validation = tokenise_split(source.name, source.documents("validation"), encoder)
-    return SourceTokens(source.name, train, validation, joint_sha256((train.sha256, validation.sha256)))
-
-
 def joint_sha256(parts: Sequence[str]) -> str:
     """One hash for several, in their order."""
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def tokenise_split(name: str, documents: Iterable[str], encoder: DocumentEncoder) -> SplitTokens:
-    """Documents of the source `name` as one array."""
+    """Documents of the source `name` as one array in memory, two or four bytes a token; the text is not kept."""
     tally = Tally(name)
     ids = np.concatenate(list(encoder.encode(tally.through(documents))))
     return SplitTokens(ids, tally.documents, tally.bytes, tally.sha256)

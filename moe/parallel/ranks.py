@@ -7,7 +7,8 @@ process while there are two.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "is_first",
     "local_rank",
     "node",
+    "patient_barrier",
     "rank",
     "say",
     "sum_numbers",
@@ -83,6 +85,17 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def patient_barrier() -> Callable[[], None]:
+    """A barrier to wait at once, for up to a week. Every rank must make it; `barrier` itself ends a run in minutes.
+
+    What it returns raises RuntimeError when a rank has left.
+    """
+    if world_size() == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
+    return lambda: dist.barrier(group)
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:

@@ -1,19 +1,36 @@
-"""A run's data: the first rank puts the tokenizer into the run directory, every rank reads it there and loads alike."""
+"""A run's data: the first rank puts tokenizer and tokens into the run directory, every rank reads them there alike."""
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moe.config import Recipe
-from moe.data import DataFacts, Sampling, TrainingData, WithinVocabulary, load_data, make_tokenizer, open_sources
-from moe.data.tokenizer import copy_tokenizer
-from moe.errors import ConfigError
+from moe.data import (
+    DataFacts,
+    Sampling,
+    TrainingData,
+    WithinVocabulary,
+    load_data,
+    make_tokenizer,
+    open_encoder,
+    open_sources,
+    own_texts,
+)
+from moe.data.run_tokens import holds, tokenise
+from moe.data.shards import PreparedFolder
+from moe.data.sources import Source
+from moe.data.tokenizer import DocumentEncoder, copy_tokenizer
+from moe.errors import ConfigError, DataError
 from moe.parallel import ranks
 from moe.rundir import RunDir, write_json
 from moe.trainer.hooks import Hooks
 from moe.trainer.signals import interruptible
 
 __all__ = ["load_run_data"]
+
+_MAKING = ".making_"  # how folders begin in which something is made aside
 
 
 def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -> TrainingData:
@@ -48,17 +65,53 @@ def _checked(own: TrainingData, recipe: Recipe) -> TrainingData:
 
 
 def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
-    sources, vocab_size = open_sources(recipe.data), recipe.model.vocab_size
-    if ranks.is_first() and not (trained and run.tokenizer.is_file()):
-        # a thread that is left to itself must not write into a run directory that somebody else may hold by then
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    sources = open_sources(recipe.data)
+    wait_for_first = ranks.patient_barrier()
+    if ranks.is_first():
+        _make(sources, recipe, run, trained=trained)
+    try:
+        interruptible(wait_for_first)
+    except RuntimeError:
+        raise DataError("the first rank has left, and nobody makes the tokens this one waits for") from None
+
+    def load() -> TrainingData:
+        encoder = open_encoder(run.tokenizer, recipe.model.vocab_size)
+        return load_data(sources, recipe.data, encoder, run.tokens, sampling, verify=ranks.is_first())
+
+    return interruptible(load)
+
+
+def _make(sources: Sequence[Source | PreparedFolder], recipe: Recipe, run: RunDir, *, trained: bool) -> None:
+    """Tokenizer and tokens, where they are not there from an earlier start.
+
+    All is made aside, in a folder that no other start knows, and takes its name when it is whole: a kill leaves nothing
+    half-written, and a thread that is left to itself writes nothing into a run that somebody else may hold by then.
+    """
+    for left in run.root.glob(f"{_MAKING}*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=_MAKING, dir=run.root, ignore_cleanup_errors=True) as folder:
+        if not (trained and run.tokenizer.is_file()):
             made = Path(folder, run.tokenizer.name)
-            interruptible(lambda: make_tokenizer(sources, recipe.data, vocab_size, made))
+            interruptible(lambda: make_tokenizer(sources, recipe.data, recipe.model.vocab_size, made))
             copy_tokenizer(made, None, run.tokenizer)
-    ranks.barrier()
-    return interruptible(
-        lambda: load_data(sources, recipe.data, run.tokenizer, vocab_size, sampling, verify=ranks.is_first())
-    )
+        encoder = open_encoder(run.tokenizer, recipe.model.vocab_size)
+        for source, place in own_texts(sources, recipe.data, run.tokens):
+            _make_tokens(source, encoder, place, Path(folder, place.name))
+
+
+def _make_tokens(source: Source, encoder: DocumentEncoder, place: Path, aside: Path) -> None:
+    if interruptible(lambda: holds(place, source, encoder)):
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        interruptible(lambda: tokenise(source, encoder, aside))
+        place.parent.mkdir(exist_ok=True)
+        aside.rename(place)
+    except OSError as error:
+        raise DataError(
+            f"the tokens of data.source={source.name!r} cannot be written to {place} ({error.strerror}); they take two "
+            "to four bytes each: make room, and the same command goes on"
+        ) from None
 
 
 def _check_same(recipe: Recipe, run: RunDir, facts: DataFacts) -> None:

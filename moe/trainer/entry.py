@@ -103,6 +103,7 @@ def _segment(recipe: Recipe, run: RunDir, engine: Engine, hooks: Hooks, stop: St
         if ranks.is_first():
             run.create()
         ranks.barrier()
+        _check_shared(run, engine)
 
         # the ledger's lock is the run's: a second launch stops here, before it has changed a file
         meter = TrainingMeter(recipe, run, engine, start)
@@ -170,6 +171,16 @@ def _check_agreement(start: Start, engine: Engine) -> None:
     if len(set(steps)) > 1:
         raise ConfigError(
             f"ranks found checkpoints of steps {', '.join(steps)}: run.directory must be shared by all nodes"
+        )
+
+
+def _check_shared(run: RunDir, engine: Engine) -> None:
+    """Every rank must see the run directory: it reads tokens there that the first rank makes."""
+    seen = ranks.gather_texts("yes" if run.checkpoints.is_dir() else "no", engine.device)
+    if "no" in seen:
+        raise ConfigError(
+            f"rank {seen.index('no')} does not see the run directory {run.root}, which the first has made; "
+            "run.directory must be shared by all nodes"
         )
 
 

@@ -1,14 +1,26 @@
 """From the section `data` to sequences: ranks agree, sources mix, the tokenizer is the right one, misfits are told."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe.config import DataConfig
-from moe.data import Mixture, Sampling, Sequences, TrainingData, load_data, make_tokenizer, open_sources
+from moe.data import (
+    Mixture,
+    Sampling,
+    Sequences,
+    TrainingData,
+    load_data,
+    make_tokenizer,
+    open_encoder,
+    open_sources,
+    own_texts,
+)
 from moe.data.prepare import prepare
+from moe.data.run_tokens import tokenise
 from moe.errors import ConfigError, DataError
 
 from .conftest import documents, write_jsonl
@@ -17,11 +29,14 @@ TEXTS = documents(120)
 
 
 def load(config: DataConfig, folder: Path, vocab_size: int = 300, **sampling: int) -> TrainingData:
-    """As the trainer does: the tokenizer into the run's folder, then the data."""
+    """As the trainer does: the tokenizer into the run's folder, the tokens, of each call its own, then the data."""
     sources, file = open_sources(config), folder / "run" / "tokenizer.json"
     file.parent.mkdir(exist_ok=True)
     make_tokenizer(sources, config, vocab_size, file)
-    return load_data(sources, config, file, vocab_size, Sampling(**{"seq_len": 32, "seed": 5, **sampling}))
+    encoder, tokens = open_encoder(file, vocab_size), Path(tempfile.mkdtemp(dir=folder))
+    for source, place in own_texts(sources, config, tokens):
+        tokenise(source, encoder, place)
+    return load_data(sources, config, encoder, tokens, Sampling(**{"seq_len": 32, "seed": 5, **sampling}))
 
 
 @pytest.fixture
@@ -66,10 +81,7 @@ def test_a_mixture_is_trained_and_evaluated_in_its_shares(rows: str, tmp_path: P
     other = str(write_jsonl(tmp_path / "other.jsonl", documents(200, seed=1)))
     config = DataConfig(source=f"{rows}, {other}", weights=(1, 3))
     data = load(config, tmp_path)
-    alone = load_data(
-        open_sources(DataConfig(source=rows)), DataConfig(source=rows), tmp_path / "run" / "tokenizer.json", 300,
-        Sampling(seq_len=32, seed=5),
-    )  # fmt: skip
+    alone = load(DataConfig(source=rows, tokenizer=str(tmp_path / "run")), tmp_path)
     assert isinstance(data.validation, Mixture)
     assert isinstance(alone.validation, Sequences)
     mixed = data.train.batch(0, 400)

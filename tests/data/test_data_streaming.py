@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe.config import DataConfig
 from moe.data import Prefetch, Sampling, TrainingData, load_data, open_sources
+from moe.data.tokenizer import DocumentEncoder
 from moe.errors import ConfigError, DataError
 
 from .conftest import documents, write_jsonl
@@ -44,7 +45,7 @@ def load(request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Path, monkey
             weights=(2.0, 1.0) if "," in word else (), **fields,  # type: ignore[arg-type]
         )  # fmt: skip
         sampling = Sampling(seq_len=SEQ_LEN, seed=1, rank=rank, ranks=ranks)
-        return load_data(open_sources(config), config, tokenizer, 300, sampling)
+        return load_data(open_sources(config), config, DocumentEncoder(tokenizer), tmp_path, sampling)
 
     return loaded
 
@@ -136,10 +137,12 @@ def test_a_rank_without_documents(tmp_path: Path, tokenizer: Path, shuffle_buffe
     """More ranks than documents: a sentence, not an endless search; so when all there is is held out."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [TEXTS[0] * 9, TEXTS[1], TEXTS[2]])
     config = DataConfig(source=str(rows), streaming=True, validation_fraction=0.1, shuffle_buffer=shuffle_buffer)
-    data = load_data(open_sources(config), config, tokenizer, 300, Sampling(seq_len=SEQ_LEN, seed=1, rank=2, ranks=3))
+    encoder = DocumentEncoder(tokenizer)
+    sampling = Sampling(seq_len=SEQ_LEN, seed=1, rank=2, ranks=3)
+    data = load_data(open_sources(config), config, encoder, tmp_path, sampling)
     with pytest.raises(DataError, match="has no text for each of 3 ranks; launch fewer, or give more documents"):
         data.train.batch(0, 1)
     write_jsonl(rows, [TEXTS[0] * 9] * 3)
-    data = load_data(open_sources(config), config, tokenizer, 300, Sampling(seq_len=SEQ_LEN, seed=1))
+    data = load_data(open_sources(config), config, encoder, tmp_path, Sampling(seq_len=SEQ_LEN, seed=1))
     with pytest.raises(DataError, match="has no text for each of 1 ranks"):
         data.train.batch(0, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe.config import DataConfig
-from moe.data import Sampling, load_data, open_sources
+from moe.data import Sampling, load_data, open_encoder, open_sources
 from moe.energy import fold_ledgers
 from moe.rundir import RunDir, read_metrics
 from moe.trainer.spikes import SpikeGuard
@@ -142,7 +142,8 @@ def test_rollback_passes_over_the_batches(place: Place, calm: dict[int, float], 
     if ranks == 1:
         assert [row["train/loss"] for row in rows[:5]] == [calm[step] for step in range(1, 6)]
         config = DataConfig(source=str(place.folder / "text"), validation_fraction=0.1)
-        data = load_data(open_sources(config), config, run.tokenizer, 300, Sampling(seq_len=32, seed=0))
+        encoder = open_encoder(run.tokenizer, 300)
+        data = load_data(open_sources(config), config, encoder, run.tokens, Sampling(seq_len=32, seed=0))
         batches = [*range(8), *range(8, 8 + 19)]  # steps 1-8, then 6-24 with what follows the poisoned batch
         expected = [int(data.train.batch(4 * batch, 4).sum()) for batch in batches]
         assert np.loadtxt(seen, dtype=int).tolist() == expected

@@ -14,6 +14,7 @@ import pytest
 
 from moe.config import ModelConfig, Recipe, RunConfig
 from moe.data.sources import Source
+from moe.data.tokenizer import train_tokenizer
 from moe.energy import fold_ledgers
 from moe.rundir import RunDir
 from moe.trainer.data import load_run_data
@@ -48,12 +49,21 @@ def endless(place: Place) -> Iterator[str]:
     path.unlink()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_waits_for_text_stops(place: Place, silent: str, ranks: int) -> None:
-    """Though the tokenizer's own code waits for the text: it says so, nothing is half-written, and text mends it."""
-    name = f"waiting{ranks}"
-    process = place.start(name, f"data.source={silent}", ranks=ranks)
+@pytest.mark.parametrize(("ranks", "given"), [(1, False), (2, False), (2, True)], ids=["alone", "of two", "tokenising"])
+def test_a_run_that_waits_for_text_stops(place: Place, silent: str, ranks: int, given: bool) -> None:
+    """Though the tokenizer's own code waits for the text: it says so, nothing is half-written, and text mends it.
+
+    With a tokenizer `given` it waits to tokenise, and the other rank for the first.
+    """
+    name = f"waiting{ranks}{given}"
+    words = [f"data.source={silent}"]
+    if given:
+        train_tokenizer([(place.folder / "text").read_text()], 300, place.folder / "tokenizer.json")
+        words.append("data.tokenizer=tokenizer.json")
+    process = place.start(name, *words, ranks=ranks)
     place.wait_for_step(name, 0, process)
+    while given and not (place.run(name) / "tokenizer.json").is_file():
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     place.wait_until_gone(name, process, 25)
     said = process.communicate()[1]
@@ -61,7 +71,9 @@ def test_a_run_that_waits_for_text_stops(place: Place, silent: str, ranks: int) 
     assert place.losses(name) == {}
     run = RunDir.existing(place.run(name))
     assert not list(run.checkpoints.iterdir())
-    assert not run.tokenizer.exists()
+    assert run.tokenizer.exists() == given
+    assert not run.tokens.exists()
+    assert not list(run.root.glob(".making_*"))
     assert [segment["ended"] for segment in fold_ledgers(run.ledgers()).to_json()["segments"]] == ["end"]
     mended = place.python(f"run.name={name}", "train.max_steps=2")
     assert mended.returncode == 0, mended.stderr
