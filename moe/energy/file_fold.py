@@ -1,5 +1,6 @@
 """One ledger file, folded record by record: its segments, and what was lost between them."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,12 +102,17 @@ class FileFold:
         """Millijoules of `lost`, per device."""
         return {lost.uuid: lost.energy_mj for lost in self.lost(position)}
 
-    def lineage_end(self, position: int) -> int | None:
-        """The last step of this segment that survives: its own last one, unless a later segment resumed before it."""
-        last = self.segments[position].last_step
-        if last is None:
-            return None
-        return min([last, *(later.header["resumed_step"] for later in self.segments[position + 1 :])])
+    def lineage_ends(self) -> list[int | None]:
+        """Of each segment the last step that survives: its own last one, unless a later segment resumed before it.
+
+        None for a segment that never told a step.
+        """
+        ends: list[int | None] = []
+        resumed = sys.maxsize  # the earliest step that a later segment resumed from
+        for segment in reversed(self.segments):
+            ends.append(None if segment.last_step is None else min(segment.last_step, resumed))
+            resumed = min(resumed, segment.header["resumed_step"])
+        return ends[::-1]
 
     def spent_before(self, position: int, boottime_ns: int) -> tuple[float, float]:
         """(millijoules, device-nanoseconds) up to a moment of the segment at `position`, on that segment's clock."""

@@ -50,7 +50,7 @@ class Fold:
     def per_step(self) -> StepEnergy | None:
         """What a step that survives took in the mean, all nodes together; None when the run told no step."""
         first = self.files[0]
-        ends = [end for p in range(len(first.segments)) if (end := first.lineage_end(p)) is not None]
+        ends = [end for end in first.lineage_ends() if end is not None]
         num_steps = ends[-1] - first.segments[0].header["resumed_step"] if ends else 0
         if num_steps <= 0 or self.total.useful_energy_j is None:
             return None
@@ -156,8 +156,7 @@ def _phases(files: list[FileFold]) -> tuple[dict[str, PhaseTotal], float, float 
     elapsed_ns: dict[str, int] = {}
     useful_mj, useful_ns, told = 0.0, 0.0, False
     for file in files:
-        for position, segment in enumerate(file.segments):
-            end = file.lineage_end(position)
+        for position, (segment, end) in enumerate(zip(file.segments, file.lineage_ends(), strict=True)):
             told = told or end is not None
             parts, segment_useful_mj = segment.phase_energies(end or 0)
             if end is not None:

@@ -31,20 +31,21 @@ class RunLedgers:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A segment as one ledger has it."""
+    """A segment as one ledger has it; `last_step` is the last of its steps that survives there."""
 
     run: int
     file: FileFold
     position: int
+    last_step: int | None
 
     @property
     def segment(self) -> Segment:
         return self.file.segments[self.position]
 
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        header = self.segment.header
-        return tuple(header[name] for name in ("boot_id", "host", "pid", "boottime_ns", "utc"))
+
+def _identity(segment: Segment) -> tuple[Any, ...]:
+    """What a segment is known by, whatever ledger it is found in."""
+    return tuple(segment.header[name] for name in ("boot_id", "host", "pid", "boottime_ns", "utc"))
 
 
 def fold_programme(runs: Sequence[RunLedgers]) -> Programme:
@@ -61,9 +62,9 @@ def fold_programme(runs: Sequence[RunLedgers]) -> Programme:
                 unreadable.append(str(error))
                 ended = "unreadable"
                 continue
-            for position in range(len(file.segments)):
-                copy = _Copy(number, file, position)
-                copies.setdefault(copy.identity, []).append(copy)
+            for position, last_step in enumerate(file.lineage_ends()):
+                copy = _Copy(number, file, position, last_step)
+                copies.setdefault(_identity(copy.segment), []).append(copy)
             if file.segments and path == run.ledgers[0]:
                 ended = file.segments[-1].end_reason or "lost"
         shares.append(RunShare(run.name, ended))
@@ -155,8 +156,7 @@ def _claims(
     times: dict[Any, list[Claim]] = {}
     for identity, copy in kept.items():
         segment = copy.segment
-        lineages = (each for each in copies[identity] if not _is_outdated(each.file, copies))
-        ends = (each.file.lineage_end(each.position) for each in lineages)
+        ends = (each.last_step for each in copies[identity] if not _is_outdated(each.file, copies))
         last_step = max((end for end in ends if end is not None), default=0)  # it may survive in any of the lineages
         boot = segment.header["boot_id"] or identity
         for uuid, line in segment.lines.items():
@@ -171,10 +171,9 @@ def _claims(
     for identity, found in copies.items():
         for copy in found:
             for lost in copy.file.lost(copy.position):
-                killed = _Copy(copy.run, copy.file, lost.position)
-                before = killed.segment
+                before = copy.file.segments[lost.position]
                 # where a copy goes less far than the version that counts, that one knows what came after
-                if before.last_ns == kept[killed.identity].segment.last_ns:
+                if before.last_ns == kept[_identity(before)].segment.last_ns:
                     line = before.lines[lost.uuid]
                     claim = _claim(kept[identity], line, lost.start_ns, lost.end_ns, lost.upto, {})
                     energies[before.header["boot_id"], lost.uuid].append(claim)
@@ -183,10 +182,10 @@ def _claims(
 
 def _is_outdated(file: FileFold, copies: dict[tuple[Any, ...], list[_Copy]]) -> bool:
     """Whether another ledger goes on from where this one stops: it is no lineage of its own, but an older copy."""
-    last = _Copy(-1, file, len(file.segments) - 1)
+    last = file.segments[-1]
     return any(
-        (other.segment.last_ns, other.position + 1 < len(other.file.segments)) > (last.segment.last_ns, False)
-        for other in copies[last.identity]
+        (other.segment.last_ns, other.position + 1 < len(other.file.segments)) > (last.last_ns, False)
+        for other in copies[_identity(last)]
     )
 
 

@@ -114,6 +114,32 @@ def test_a_ledger_of_many_restarts_is_folded_in_one_pass(path):
     assert file.segments.looks < 10 * len(file.segments)
 
 
+class CountedHeader(dict):
+    """A segment line that counts how often it was asked where its lineage goes on from."""
+
+    looks = 0
+
+    def __getitem__(self, name):
+        CountedHeader.looks += name == "resumed_step"
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("back", [0, 3], ids=["redoing nothing", "redoing three steps each"])
+def test_the_lineage_of_many_restarts_is_found_in_one_pass(path, back):
+    """A hundred segments of ten steps each: every one is asked a few times, not once for each segment before it."""
+    num, apart = 100, 10 - back
+    for number in range(num):
+        scribe = Scribe(path, number, resumed=apart * number)
+        scribe.mark(number + 0.5, step=apart * number + 10, forward_backward=0.5)
+        scribe.close()
+    file = FileFold.read(path)
+    for segment in file.segments:
+        segment.header = CountedHeader(segment.header)
+    CountedHeader.looks = 0
+    assert file.lineage_ends() == [*range(apart, apart * num, apart), apart * (num - 1) + 10]
+    assert CountedHeader.looks < 4 * num
+
+
 @pytest.mark.parametrize(("lost_mj", "told"), [(10_000, False), (300_000, True)])
 def test_the_report_says_when_much_energy_belongs_to_no_phase(path, lost_mj, told):
     """Above 1 % of the total, and only where there are phases that could have held it."""
