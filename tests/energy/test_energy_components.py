@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from moe.cli.energy import app
 from moe.energy.components import share_steps
-from moe.energy.ledger import LedgerWriter
 from moe.energy.totals import PhaseTotal
 
-S = 10**9
+from .scribe import Scribe
+
 STEP = {"data": 0.1, "attention": 0.3, "experts": 0.5, "head": 0.2, "optimizer": 0.1, "other": 0.05, "idle": 0.05}
 
 
@@ -20,17 +20,11 @@ def run(tmp_path: Path) -> Path:
     """A run of 10 s at 100.007 W: 2 s of evaluation, 8 s of steps, two of which were split."""
     folder = tmp_path / "run"
     folder.mkdir()
-    ledger = LedgerWriter(folder / "ledger.jsonl")
-    device = {"uuid": "A", "name": "GPU", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05,
-              "tick_s": 0.1, "p_max_w": 700.0, "note": None}  # fmt: skip
-    header = {"boot_id": "b", "host": "h", "pid": 1, "started_boottime_ns": 0, "interval_s": 1.0, "flush_s": 5.0}
-    ledger.append("segment", 0, **header, resumed_step=0, resumed_tokens=0, devices=[device])
-    ledger.append("reading", 0, device="A", energy_mj=0)
-    phases = {"evaluation": 2.0, "data": 0.5, "forward_backward": 6.0, "optimizer": 1.5}
-    ledger.append("mark", 10 * S, phase="idle", step=4, tokens=400, phase_s=phases)
-    ledger.append("reading", 10 * S, device="A", energy_mj=1_000_070)
-    ledger.append("end", 10 * S, reason="stopped")
-    ledger.close()
+    scribe = Scribe(folder / "ledger.jsonl", 0)
+    scribe.read(0, 0)
+    scribe.mark(10, step=4, tokens=400, evaluation=2.0, data=0.5, forward_backward=6.0, optimizer=1.5)
+    scribe.read(10, 1_000_070)
+    scribe.end(10)
     rows = [{"resumed_step": 0, "train/step": 0}]
     for step, factor in ((1, None), (2, 1.0), (3, None), (4, 3.0)):
         split = {} if factor is None else {f"efficiency/step_s/{name}": factor * s for name, s in STEP.items()}

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from moe.energy import EnergyMeter, fold_ledgers, read_ledger
-from moe.energy.ledger import LedgerWriter
 from moe.energy.node import node_readings, read_node_file, reconcile
 from moe.energy.sources import PmCounters
 from moe.errors import ConfigError
 
-S = 10**9
+from .scribe import Scribe
+
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
 EPOCH = int(START.timestamp())
 
@@ -34,20 +34,13 @@ class Clock:
 
     def segment(self, path: Path, host: str, start: float, watts: dict[str, float], seconds: int = 100) -> None:
         """One segment with a reading every 10 s of devices at steady power."""
-        writer = LedgerWriter(path)
-        device = {"name": "fake", "kind": "gpu", "source": "counter", "scope": "gpu", "band": 0.05}
-        device |= {"tick_s": 0.1, "p_max_w": 700.0, "note": None}
-        header = {"boot_id": "b", "host": host, "pid": 1, "started_boottime_ns": round(start * S), "interval_s": 1.0}
-        header |= {"flush_s": 5.0, "resumed_step": 0, "resumed_tokens": 0}
         self.second = start
-        writer.append("segment", at_ns=round(start * S), devices=[{"uuid": uuid, **device} for uuid in watts], **header)
+        scribe = Scribe(path, start, devices=tuple(watts), boot="b", header={"host": host})
         for second in range(0, seconds + 1, 10):
             self.second = start + second
             for uuid, power_w in watts.items():
-                energy_mj = round(1000 * power_w * (start + second))
-                writer.append("reading", at_ns=round((start + second) * S), device=uuid, energy_mj=energy_mj)
-        writer.append("end", at_ns=round((start + seconds) * S), reason="stopped")
-        writer.close()
+                scribe.read(self.second, 1000 * power_w * self.second, uuid)
+        scribe.end(start + seconds)
 
 
 @pytest.fixture

@@ -6,17 +6,18 @@ import random
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from moe.energy import fold_ledgers
 from moe.energy.cut import cut_ledger
-from moe.energy.ledger import LedgerWriter
 from moe.energy.programme import RunLedgers, fold_programme
 from moe.energy.spending import Programme
 from moe.energy.supervise import purpose_of
+
+from .scribe import Scribe
 
 BOOT = datetime(2025, 1, 1, 22, tzinfo=UTC)  # two hours before midnight
 STEP_S = {"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}
@@ -25,31 +26,33 @@ STEP_S = {"data": 0.1, "forward_backward": 0.8, "optimizer": 0.1}
 class Segment:
     """One segment of `ledger`, on a device that steadily uses `power_w`; its readings are one second apart."""
 
-    def __init__(self, ledger: Path, start_s: int, *, pid: int = 1, device: str = "GPU-a", resumed: int = 0, **options):
+    def __init__(
+        self,
+        ledger: Path,
+        start_s: int,
+        *,
+        pid: int = 1,
+        device: str = "GPU-a",
+        power_w: float = 500,
+        metered_by: str | None = None,
+        **options,
+    ):
         ledger.parent.mkdir(exist_ok=True, parents=True)
-        self.power_mw = round(options.pop("power_w", 500) * 1000)
-        source, scope = options.pop("source", "counter"), options.pop("scope", "gpu")
-        self.writer, self.device, self.at_s, self.step = LedgerWriter(ledger), device, start_s, resumed
-        described = {"uuid": device, "name": "H100", "kind": scope if scope == "gpu" else "cpu", "source": source}
-        described |= {"scope": scope, "band": 0.05, "tick_s": 0.0, "p_max_w": 700.0, "note": None}
-        header = {"boot_id": options.pop("boot", "boot"), "host": "node", "pid": pid, "interval_s": 1.0, "flush_s": 5.0}
-        header |= {"started_boottime_ns": start_s * 10**9, "resumed_step": resumed, "resumed_tokens": 0}
-        self._add("segment", **header, devices=[described], **options)
+        self.power_mw, self.device = round(power_w * 1000), device
+        self.at_s, self.step = start_s, options.get("resumed", 0)
+        header = {"pid": pid} | ({"metered_by": metered_by} if metered_by else {})
+        self.scribe = Scribe(ledger, start_s, devices=(device,), booted=BOOT, header=header, tick_s=0.0, **options)
         self._read()
 
-    def _add(self, kind: str, **fields: object) -> None:
-        utc = (BOOT + timedelta(seconds=self.at_s)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        self.writer.append(kind, at_ns=self.at_s * 10**9, utc=utc, **fields)
-
     def _read(self) -> None:
-        self._add("reading", device=self.device, energy_mj=self.power_mw * self.at_s)
+        self.scribe.read(self.at_s, self.power_mw * self.at_s, self.device)
 
     def spend(self, seconds: int, phase: str = "command") -> "Segment":
         """`seconds` in one phase."""
         for _ in range(seconds):
             self.at_s += 1
             self._read()
-            self._add("mark", phase=phase, step=None, tokens=None, phase_s={phase: 1.0})
+            self.scribe.mark(self.at_s, **{phase: 1.0})
         return self
 
     def train(self, steps: int) -> "Segment":
@@ -57,15 +60,14 @@ class Segment:
         for _ in range(steps):
             self.at_s, self.step = self.at_s + 1, self.step + 1
             self._read()
-            self._add("mark", phase="data", step=self.step, tokens=None, phase_s=STEP_S)
+            self.scribe.mark(self.at_s, self.step, **STEP_S)
         return self
 
     def end(self) -> None:
-        self._add("end", reason="stopped")
-        self.writer.close()
+        self.scribe.end(self.at_s)
 
     def die(self) -> None:
-        self.writer.close()
+        self.scribe.close()
 
 
 def total(*folders: Path, trunks: dict[str, str] | None = None) -> Programme:
@@ -227,7 +229,8 @@ def test_two_meters_on_one_device_overlapping(tmp_path):
 def test_estimates_stand_beside_measurements(tmp_path):
     """Two totals and their scopes; where a device was measured, an estimate of the same time counts nothing."""
     Segment(tmp_path / "a/ledger.jsonl", 0).spend(10).end()
-    Segment(tmp_path / "b/ledger.jsonl", 0, pid=2, device="CPU-x", scope="node", source="estimate:tdp").spend(10).end()
+    host = {"device": "CPU-x", "kind": "cpu", "scope": "node", "source": "estimate:tdp"}
+    Segment(tmp_path / "b/ledger.jsonl", 0, pid=2, **host).spend(10).end()
     Segment(tmp_path / "c/ledger.jsonl", 5, pid=3, source="declared", power_w=900).spend(10).end()
     programme = total(tmp_path / "c", tmp_path / "b", tmp_path / "a")
     assert (programme.measured.energy_mj, programme.measured.basis.scope) == (5_000_000, "gpu")

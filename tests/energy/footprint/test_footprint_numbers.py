@@ -156,7 +156,7 @@ def test_time_the_meter_did_not_see_is_told(new_segment, tmp_path):
     """Read for two of four hours: nothing is made up for the rest."""
     segment = new_segment()
     segment.read(0, 0)
-    segment.read(7200, 3.6e6)
+    segment.read(7200, 3.6e9)
     segment.end(14400)
     footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="100"))
     assert numbers(footprint, "carbon_location")[0] == pytest.approx(100)
@@ -165,10 +165,10 @@ def test_time_the_meter_did_not_see_is_told(new_segment, tmp_path):
 
 def test_a_ledger_that_begins_later_has_no_sci_per_token(new_segment, tmp_path):
     """Tokens of the whole lineage would share the carbon of its last part."""
-    segment = new_segment(resumed_step=100)
+    segment = new_segment(resumed=100)
     segment.read(0, 0)
-    segment.mark(1, tokens=10**9)
-    segment.read(14400, 36e6)
+    segment.mark(1, step=1, tokens=10**9, idle=1.0)
+    segment.read(14400, 36e9)
     segment.end(14400)
     footprint = footprint_of(fold_ledgers([tmp_path / "ledger.jsonl"]), Stated(grid="350", utilisation=0.5))
     assert "sci_run" in footprint.numbers

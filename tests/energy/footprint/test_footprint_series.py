@@ -16,7 +16,7 @@ from moe.errors import ConfigError
 MIDNIGHT = datetime(2025, 1, 1, tzinfo=UTC)
 HOUR_NS = 3600 * 10**9
 MIDNIGHT_NS = round(MIDNIGHT.timestamp()) * 10**9
-KWH = 3.6e6  # joules
+KWH = 3.6e9  # millijoules
 
 
 def utc(hours: float) -> str:
@@ -89,15 +89,15 @@ def test_what_a_killed_segment_used_counts_right_after_its_last_reading(new_segm
     first = new_segment()
     first.read(0, 0)
     first.read(3598, KWH)
-    first.writer.close()
+    first.close()
     second = new_segment(7200)
-    second.read(7200, KWH + 3602 * 1000)  # a kilowatt all the while: 5 kJ are billed
-    second.read(7300, KWH + 3602 * 1000)
+    second.read(7200, KWH + 3602e6)  # a kilowatt all the while: 5 kJ are billed
+    second.read(7300, KWH + 3602e6)
     second.end(7300)
     fold = fold_ledgers([tmp_path / "ledger.jsonl"])
     assert fold.segments[1].unattributed_j == 5000
     value = carbon(fold, csv_of({0: 0, 1: 3600, 2: 0}))[0]
-    assert value == pytest.approx(3000 / KWH * 3600)
+    assert value == pytest.approx(3000 * 3.6e6 / KWH)
 
 
 def test_a_gap_is_bounded_by_the_series_and_told(run, carbon):
@@ -283,7 +283,7 @@ def test_intervals_sum_to_the_total_and_segments_change_nothing(new_segment, tmp
     energies = {uuid: [0.0] for uuid in ("GPU-a", "GPU-b")}
     for so_far in energies.values():
         for _ in moments[1:]:
-            so_far.append(so_far[-1] + rng.choice([0, rng.uniform(0, 2e5)]))
+            so_far.append(so_far[-1] + rng.choice([0, rng.uniform(0, 2e8)]))
     cuts = set(rng.sample(range(1, len(moments) - 1), 4))
 
     def fold_of(file: str, cuts: set[int]):
