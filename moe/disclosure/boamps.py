@@ -1,9 +1,8 @@
 """BoAmps: Boavizta's JSON format for the energy of one computing task.
 
-Field names are those of the schemas report, algorithm, dataset and hardware in `model/` of Boavizta/BoAmps, as of its
-commits 01f4c8e, 5546e7f, 4080193 and 20c9a98. The schema of a measure could not be checked: its fields are those of the
-format's published examples. No version of the format is claimed. What the schemas require and nobody stated is left out
-and told: the report is a draft, to be completed by hand.
+Fields, their types and their words are those of the five schemas in `model/` of Boavizta/BoAmps at commit 3bfefec
+(April 2026), whose release notes call the format 1.1.0. What they require and nobody stated is left out and told: the
+report is a draft, to be completed by hand.
 """
 
 from typing import Any
@@ -13,6 +12,7 @@ from moe.energy.sources.base import is_measured
 
 __all__ = ["boamps"]
 
+_VERSION, _COMMIT = "1.1.0", "3bfefec8446ee196d1723c0e35859eb7762da3c9"
 _TIME = "%Y-%m-%d %H:%M:%S"
 _GRADES = (("high", 10), ("medium", 25), ("low", 50))  # of quality: errors of at most so many percent
 
@@ -23,11 +23,12 @@ def boamps(facts: Facts) -> tuple[dict[str, Any], list[str]]:
     platform, python = facts.environment.get("platform"), facts.environment.get("python")
     report: dict[str, Any] = {
         "header": {
-            "formatVersionSpecificationUri": "https://github.com/Boavizta/BoAmps/tree/main/model",
+            "formatVersion": _VERSION,
+            "formatVersionSpecificationUri": f"https://github.com/Boavizta/BoAmps/tree/{_COMMIT}/model",
             "reportStatus": "draft",
         },
         "task": _task(facts),
-        "system": {"os": platform and str(platform).partition("-")[0]},
+        "system": {"os": platform and str(platform).partition("-")[0].lower()},
         "software": {"language": python and "python", "version": python},
         "infrastructure": {
             "components": [
@@ -49,7 +50,8 @@ def boamps(facts: Facts) -> tuple[dict[str, Any], list[str]]:
         report["measures"] = [
             {
                 "measurementMethod": f"frugal-moe, {facts.how}",
-                "cpuTrackingMode": _tracking(facts, "node"),
+                "version": (facts.environment.get("versions") or {}).get("frugal-moe"),
+                "cpuTrackingMode": _tracking(facts, "cpu"),
                 "gpuTrackingMode": _tracking(facts, "gpu"),
                 "powerConsumption": facts.energy.amount.value,
                 "measurementDuration": facts.held_s,
@@ -70,11 +72,12 @@ def _task(facts: Facts) -> dict[str, Any]:
             {
                 "trainingType": "unsupervisedLearning",
                 "algorithmType": "llm",
-                "algorithmName": "transformer, mixture of experts" if recipe.model.is_moe else "transformer",
+                "algorithmName": "mixtureOfExpertsTransformer" if recipe.model.is_moe else "transformer",
                 "parametersNumber": facts.parameters[0] / 1e9,
                 "framework": "torch",
                 "frameworkVersion": versions.get("torch"),
                 "layersNumber": recipe.model.num_hidden_layers,
+                "optimizer": recipe.optim.name,
                 "quantization": recipe.train.precision,
             }
         ],
@@ -91,14 +94,14 @@ def _environment(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _tracking(facts: Facts, scope: str) -> str | None:
-    """How devices of a scope were read, in the format's own words; None when none was."""
-    devices = [device for device in facts.fold.devices if device.scope == scope]
+def _tracking(facts: Facts, kind: str) -> str | None:
+    """How processors or GPUs were read, in the format's own words; None when none was. A module is read as a GPU."""
+    devices = [device for device in facts.fold.devices if (device.scope == "node") == (kind == "cpu")]
     if not devices:
         return None
     if not all(is_measured(device.source) for device in devices):
         return "constant"
-    if scope == "gpu":
+    if kind == "gpu":
         return "+".join(sorted({"amdsmi" if device.uuid.startswith("AMD-") else "nvml" for device in devices}))
     return "+".join(sorted({device.source for device in devices}))
 

@@ -25,7 +25,9 @@ RECIPE = Recipe(
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def write_ledger(path: Path, *, source: str = "counter", name: str = H100, maker: str = "GPU") -> None:
+def write_ledger(
+    path: Path, *, source: str = "counter", name: str = H100, maker: str = "GPU", scope: str = "gpu"
+) -> None:
     """Two devices, 10 kWh each at an even rate over four hours from midnight on; 1e9 tokens; a band of 5 %."""
     writer = LedgerWriter(path)
 
@@ -34,7 +36,7 @@ def write_ledger(path: Path, *, source: str = "counter", name: str = H100, maker
         writer.append(kind, at_ns=at_s * 10**9, utc=moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), **fields)
 
     devices = [
-        {"uuid": uuid, "name": name, "kind": "gpu", "source": source, "scope": "gpu", "band": 0.05, "tick_s": 0.0}
+        {"uuid": uuid, "name": name, "kind": "gpu", "source": source, "scope": scope, "band": 0.05, "tick_s": 0.0}
         | {"p_max_w": 700.0, "note": None}
         for uuid in (f"{maker}-a", f"{maker}-b")
     ]
@@ -56,7 +58,7 @@ def mine(tmp_path):
     run.mkdir()
     write_ledger(run / "ledger.jsonl")
     write_json(run / "config.json", RECIPE.to_dict())
-    versions = {"torch": "2.13.0"}
+    versions = {"torch": "2.13.0", "frugal-moe": "0.1.0"}
     environment = {"platform": "Linux-6.1", "python": "3.11.2", "versions": versions, "device_name": H100}
     write_json(run / "environment.json", environment)
     return run
@@ -128,7 +130,8 @@ def test_boamps(card):
     done = card("mine", "--format", "boamps", "--grid", "FRA")
     assert json.loads(done.stdout) == {
         "header": {
-            "formatVersionSpecificationUri": "https://github.com/Boavizta/BoAmps/tree/main/model",
+            "formatVersion": "1.1.0",
+            "formatVersionSpecificationUri": f"https://github.com/Boavizta/BoAmps/tree/{BOAMPS_COMMIT}/model",
             "reportStatus": "draft",
         },
         "task": {
@@ -137,23 +140,25 @@ def test_boamps(card):
                 {
                     "trainingType": "unsupervisedLearning",
                     "algorithmType": "llm",
-                    "algorithmName": "transformer, mixture of experts",
+                    "algorithmName": "mixtureOfExpertsTransformer",
                     "parametersNumber": accounting.num_parameters(RECIPE.model) / 1e9,
                     "framework": "torch",
                     "frameworkVersion": "2.13.0",
                     "layersNumber": 2,
+                    "optimizer": "adamw",
                     "quantization": "fp32",
                 }
             ],
             "dataset": [{"dataUsage": "input", "dataType": "token", "dataQuantity": 10**9}],
         },
-        "system": {"os": "Linux"},
+        "system": {"os": "linux"},
         "software": {"language": "python", "version": "3.11.2"},
         "infrastructure": {"components": [{"componentName": H100, "componentType": "gpu", "nbComponent": 2}]},
         "environment": {"country": "France", "powerSourceCarbonIntensity": 44.18},
         "measures": [
             {
                 "measurementMethod": "frugal-moe, measured, source counter, scope gpu, coverage 100.0% of the time",
+                "version": "0.1.0",
                 "gpuTrackingMode": "nvml",
                 "powerConsumption": 20.0,
                 "measurementDuration": 14_400.0,
@@ -166,20 +171,21 @@ def test_boamps(card):
     assert done.stderr == said
 
 
-# of each object in BoAmps' schemas: what it must have, and what else it may; a list's items stand for it
+BOAMPS_COMMIT = "3bfefec8446ee196d1723c0e35859eb7762da3c9"  # whose five schemas say what follows
+# of each object: what it must have, and what else of what we tell it may; a list's items stand for it
 BOAMPS = {
     "": ("task measures infrastructure", "header system software environment quality"),
-    "header": ("reportDatetime", "formatVersionSpecificationUri reportStatus"),
+    "header": ("reportDatetime", "formatVersion formatVersionSpecificationUri reportStatus"),
     "task": ("taskStage taskFamily algorithms dataset", ""),
     "task.algorithms": (
         "",
         "trainingType algorithmType algorithmName parametersNumber framework frameworkVersion layersNumber "
-        "quantization",
+        "optimizer quantization",
     ),
     "task.dataset": ("dataUsage dataType", "dataQuantity"),
     "measures": (
         "measurementMethod powerConsumption",
-        "cpuTrackingMode gpuTrackingMode measurementDuration measurementDateTime",
+        "version cpuTrackingMode gpuTrackingMode measurementDuration measurementDateTime",
     ),
     "system": ("os", ""),
     "software": ("language", "version"),
@@ -187,10 +193,39 @@ BOAMPS = {
     "infrastructure.components": ("componentType nbComponent", "componentName"),
     "environment": ("country", "powerSourceCarbonIntensity"),
 }
+# a field's words, or its type where that is not text
+WORDS = {
+    "header.reportStatus": {"draft", "final", "corrective", "other"},
+    "task.dataset.dataUsage": {"input", "output"},
+    "task.dataset.dataType": {
+        "tabular",
+        "audio",
+        "boolean",
+        "image",
+        "video",
+        "object",
+        "text",
+        "token",
+        "word",
+        "other",
+    },
+    "infrastructure.infraType": {"publicCloud", "privateCloud", "onPremise", "other"},
+    "quality": {"high", "medium", "low"},
+}
+NUMBERS = {
+    "task.algorithms.parametersNumber": (int, float),
+    "task.algorithms.layersNumber": (int, float),
+    "task.dataset.dataQuantity": (int, float),
+    "measures.powerConsumption": (int, float),
+    "measures.measurementDuration": (int, float),
+    "infrastructure.components.nbComponent": int,
+    "environment.powerSourceCarbonIntensity": (int, float),
+}
 
 
 def unfit(report: dict, missing: set[str], place: str = "") -> list[str]:
-    """Where a report has a field that the schemas do not know, or lacks one that they require and nobody told of."""
+    """Where a report has a field that the schemas do not know, or of another type or word; or lacks one that they
+    require and nobody told of."""
     must, may = (set(names.split()) for names in BOAMPS[place])
     path = f"{place}." if place else ""
     faults = [f"{path}{name}" for name in (report.keys() - must - may) | (must - report.keys())]
@@ -199,12 +234,14 @@ def unfit(report: dict, missing: set[str], place: str = "") -> list[str]:
         if path + name in BOAMPS:
             for part in value if isinstance(value, list) else [value]:
                 faults += unfit(part, missing, path + name)
+        elif not isinstance(value, NUMBERS.get(path + name, str)) or value not in WORDS.get(path + name, {value}):
+            faults.append(f"{path}{name}={value!r}")
     return faults
 
 
 @pytest.mark.parametrize("known", ["all", "ledger alone"])
 def test_boamps_schemas_are_kept(card, mine, known):
-    """No field is of our own making, and each required one is there or told to be missing."""
+    """No field, type or word is of our own making, and each required field is there or told to be missing."""
     if known == "ledger alone":
         for name in ("config.json", "environment.json"):
             (mine / name).unlink()
@@ -215,10 +252,13 @@ def test_boamps_schemas_are_kept(card, mine, known):
     assert unfit(json.loads(done.stdout), missing | {"task"}) == []
 
 
-def test_boamps_names_the_library_that_read_the_gpus(card, mine):
+@pytest.mark.parametrize(("maker", "scope", "library"), [("AMD", "gpu", "amdsmi"), ("GPU", "module", "nvml")])
+def test_boamps_names_the_library_that_read_the_gpus(card, mine, maker, scope, library):
+    """Also of a Grace Hopper, whose module is read through its GPU."""
     (mine / "ledger.jsonl").unlink()
-    write_ledger(mine / "ledger.jsonl", maker="AMD")
-    assert json.loads(card("mine", "--format", "boamps").stdout)["measures"][0]["gpuTrackingMode"] == "amdsmi"
+    write_ledger(mine / "ledger.jsonl", maker=maker, scope=scope)
+    (measure,) = json.loads(card("mine", "--format", "boamps").stdout)["measures"]
+    assert (measure["gpuTrackingMode"], "cpuTrackingMode" in measure) == (library, False)
 
 
 def test_the_eu_form(card):
