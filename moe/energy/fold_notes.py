@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from moe.energy.conditions import PowerCheck
 from moe.energy.file_fold import FileFold
 from moe.energy.sources.base import is_measured
+from moe.energy.sources.integral import seen_of
 from moe.energy.timeline import UNATTRIBUTED
 from moe.energy.totals import DeviceTotal, PhaseTotal, Total
 
@@ -53,7 +54,7 @@ def sensor_notes(files: Sequence[FileFold], devices: Sequence[DeviceTotal]) -> l
             for uuid, line in segment.lines.items():
                 for reason, detail in line.gaps:
                     gaps.setdefault((uuid, reason), []).append(detail)
-    notes = []
+    notes = _rare_reads(files)
     for (uuid, reason), details in gaps.items():
         detail = details[-1]
         times = "once" if len(details) == 1 else f"{len(details)} times"
@@ -69,3 +70,21 @@ def sensor_notes(files: Sequence[FileFold], devices: Sequence[DeviceTotal]) -> l
                 f"{check['num_pairs']} seconds read by both: one of them is wrong"
             )
     return notes
+
+
+def _rare_reads(files: Sequence[FileFold]) -> list[str]:
+    """A sentence for each device whose power was read too rarely to see what a read a second sees."""
+    intervals: dict[str, list[int]] = {}  # how many there are, and how many nanoseconds
+    for file in files:
+        for segment in file.segments:
+            for uuid, line in segment.lines.items():
+                if line.device["source"] == "integrated" and line.times_ns:
+                    known = intervals.setdefault(uuid, [0, 0])
+                    known[0] += len(line.times_ns) - 1
+                    known[1] += line.track.covered_ns
+    means_s = {uuid: covered_ns / num / 1e9 for uuid, (num, covered_ns) in intervals.items() if num}
+    return [
+        f"{uuid}: its power was read every {mean_s:.1f} s, for reads cost too much; the band holds what that missed"
+        for uuid, mean_s in means_s.items()
+        if seen_of(mean_s, seen=1.0) < 1.0
+    ]

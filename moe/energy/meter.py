@@ -125,11 +125,12 @@ class EnergyMeter:
                 raise LedgerError(f"folder of ledger {self.path} cannot be made ({error.strerror})") from None
             self._locks.append(lock_ledger(self.path))
         self._sources = select_sources(*self._wanted) if self._given_sources is None else self._given_sources
-        longest_s = self._longest_s()
+        self._check_interval()
         self._prior = prior = FileFold(self.path)
         self._writer = LedgerWriter(self.path, on_record=self._see)
         if self._node is None and any(device.kind == "gpu" for source in self._sources for device in source.devices):
             self._node = node_counter()
+        longest_s = max(self._interval_s, self._flush_s - 2 * self._interval_s)  # a reading is written in time
         self._reader = Reader(self._sources, self._interval_s, longest_s, self._on_reading, self._node)
         self._start_ns = boottime_ns()
         if self.path is not None and not _startup_claimed:
@@ -143,15 +144,13 @@ class EnergyMeter:
         self._prior = None
         self._add_up_prior(prior)
 
-    def _longest_s(self) -> float:
-        """Between two readings at most: a counter can wait for a flush, a power tells nothing of the time between."""
+    def _check_interval(self) -> None:
         integrated = [d.uuid for source in self._sources for d in source.devices if d.source == "integrated"]
         if integrated and self._interval_s > READ_EVERY_S:
             raise ConfigError(
                 f"energy.interval_s={self._interval_s:g} is too long for {integrated[0]}, which tells power and no "
                 f"energy: give at most {READ_EVERY_S:g}"
             )
-        return self._interval_s if integrated else max(self._interval_s, self._flush_s - 2 * self._interval_s)
 
     def _device_time_start_ns(self, prior: FileFold) -> int:
         """When this segment's device time began: never before the end of the segment before, which billed it."""

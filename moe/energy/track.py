@@ -1,6 +1,7 @@
 """Turns one device's raw readings into energy that only grows. The meter and the fold count with the same code."""
 
 from moe.energy.sources.base import COUNTERS, ESTIMATES
+from moe.energy.sources.integral import seen_of
 
 __all__ = ["SIGMAS", "DeviceTrack"]
 
@@ -12,7 +13,8 @@ class DeviceTrack:
 
     `energy_mj`   sum over intervals between two valid reads; None before the first valid read
     `covered_ns`  length of those intervals
-    `unseen_mj2`  square of the standard error of `energy_mj` for a sensor that sees the share `seen` of the time
+    `unseen_mj2`  square of the standard error of `energy_mj` for an integrated sensor, which at one read a second sees
+                  the share `seen` of the time, and less where it is read more rarely
     An interval in which the counter fell (driver reloaded) is left out. One with failed reads inside counts for a
     counter, which went on by itself, and is left out for a sensor that was integrated by reading it.
 
@@ -29,7 +31,7 @@ class DeviceTrack:
         self.last_ns = 0
         self.last_raw_mj: int | None = None
         self._failing = False
-        self._unseen = 1.0 - seen
+        self._seen = seen if source == "integrated" else None
         self._power_w: float | None = None  # mean of the interval before
 
     def update(self, at_ns: int, raw_mj: int | None) -> str | None:
@@ -45,13 +47,14 @@ class DeviceTrack:
         elif not self._failing or self._runs_by_itself:
             self.energy_mj += raw_mj - self.last_raw_mj
             self.covered_ns += at_ns - self.last_ns
-            if self._unseen and at_ns > self.last_ns:
-                self._judge_unseen(raw_mj - self.last_raw_mj, (at_ns - self.last_ns) / 1e9)
+            if self._seen is not None and at_ns > self.last_ns:
+                self._judge_unseen(raw_mj - self.last_raw_mj, (at_ns - self.last_ns) / 1e9, self._seen)
         self._failing = False
         self.last_ns, self.last_raw_mj = at_ns, raw_mj
         return event
 
-    def _judge_unseen(self, energy_mj: int, elapsed_s: float) -> None:
+    def _judge_unseen(self, energy_mj: int, elapsed_s: float, seen: float) -> None:
         before_w, self._power_w = self._power_w, energy_mj / 1000 / elapsed_s
         if before_w is not None:
-            self.unseen_mj2 += 2 * self._unseen * ((self._power_w - before_w) * 1000 * elapsed_s) ** 2
+            unseen = 1.0 - seen_of(elapsed_s, seen)
+            self.unseen_mj2 += 2 * unseen * ((self._power_w - before_w) * 1000 * elapsed_s) ** 2

@@ -4,6 +4,7 @@ Each case is a process of its own with a made-up NVML driver, and trains the qui
 
     1 GPU, 8 GPUs                  a driver that answers at once
     1 GPU, 20 ms; 8 GPUs, 20 ms    one that sleeps so long in each energy call
+    8 GPUs, power alone, 20 ms     one without a counter, that sleeps so long in each power call
     trainer                        the quickstart recipe under `moe.trainer.train`, on what this host has
 
 Steps with the meter and without take turns in blocks; the first of a pair changes from pair to pair. After each block
@@ -35,7 +36,13 @@ from moe.energy.window import Window
 from moe.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
-DRIVERS = {"1 GPU": (1, 0.0), "8 GPUs": (8, 0.0), "1 GPU, 20 ms": (1, 0.02), "8 GPUs, 20 ms": (8, 0.02)}
+DRIVERS = {  # GPUs, seconds a call, whether there is a counter
+    "1 GPU": (1, 0.0, True),
+    "8 GPUs": (8, 0.0, True),
+    "1 GPU, 20 ms": (1, 0.02, True),
+    "8 GPUs, 20 ms": (8, 0.02, True),
+    "8 GPUs, power alone, 20 ms": (8, 0.02, False),
+}
 CASES = (*DRIVERS, "trainer")
 CALLS = ((EnergyMeter, ("phase", "progress", "snapshot", "flush")), (Window, ("__enter__", "__exit__")))
 GOAL, THREADS = 0.001, 2

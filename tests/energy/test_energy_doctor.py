@@ -202,7 +202,11 @@ def test_root_only_rapl_names_the_reason_and_the_command(node, sys_root):
         pytest.param({"mode": "stuck"}, "the counter stands still while the GPU draws 500 W", id="stuck"),
         pytest.param({"mode": "lost"}, ": GPU is lost", id="lost"),
         pytest.param({"mode": "noperm"}, ": Insufficient Permissions", id="no permission"),
-        pytest.param({"mode": "unsupported"}, "power averaged over 1 s, integrated: sees all of the time", id="power"),
+        pytest.param(
+            {"mode": "unsupported"},
+            "power averaged over 1 s, integrated: one read a second sees all of the time",
+            id="power",
+        ),
         pytest.param({"mode": "blind"}, "no sensor: the driver tells neither energy nor power", id="blind"),
         pytest.param({"sliced": 1}, "whole GPU, shared: no energy is told per MIG slice", id="MIG"),
     ],

@@ -153,6 +153,35 @@ def test_the_band_holds_what_an_instant_power_sensor_did_not_see(path):
         assert unseen_j == pytest.approx(3 * 200 * 400**0.5 if seen < 1 else 0, rel=0.15)
 
 
+@pytest.mark.parametrize("apart_s", [1, 2, 3])
+def test_the_band_holds_what_means_over_a_second_missed_that_were_read_rarely(path, apart_s):
+    """A load that is switched at random: of forty runs of five minutes at most one is off by more than its band.
+
+    Read each second such means tile the time: nothing is missed, and no band is wider for it.
+    """
+    rng, outside, notes = random.Random(apart_s), 0, set()
+    for _ in range(40):
+        path.unlink(missing_ok=True)
+        power_w, powers_w = 300, []
+        for _ in range(3000):  # of 0.1 s; a state lasts a second in the mean
+            power_w = rng.choice((300, 700)) if rng.random() < 0.2 else power_w
+            powers_w.append(power_w)
+        scribe = Scribe(path, 0, source="integrated", seen=1.0, band=0.0, tick_s=0.0)
+        scribe.read(0, 0)
+        told_mj = 0.0
+        for end in range(10 * apart_s, 3001, 10 * apart_s):
+            told_mj += 1000 * apart_s * sum(powers_w[end - 10 : end]) / 10
+            scribe.read(end / 10, told_mj)
+        scribe.end(300)
+        fold = fold_ledgers([path])
+        notes |= set(fold.notes)
+        outside += abs(fold.total.energy_j - sum(powers_w) / 10) > fold.total.band_j + 0.001
+        assert (fold.total.band_j > 0) == (apart_s > 1)
+    assert outside <= 1
+    rare = f"{A}: its power was read every {apart_s:.1f} s, for reads cost too much; the band holds what that missed"
+    assert notes == ({rare} if apart_s > 1 else set())
+
+
 def test_a_mark_across_the_cut_counts_in_proportion(path):
     """Steps 1-10 in one mark, resumed from 6: six tenths of its step time survive."""
     scribe = Scribe(path, 0)

@@ -148,14 +148,15 @@ def test_a_power_cut_takes_at_most_one_flush_interval(tmp_path, monkeypatch):
         assert list(read_ledger(path, on_torn=pytest.fail))
 
 
-def test_a_slow_driver_does_not_make_the_flush_late(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["counter", "integrated"])
+def test_a_slow_driver_does_not_make_the_flush_late(tmp_path, monkeypatch, kind):
     """Rounds so dear that readings are as rare as they may be, and nearly an interval long: fsync comes in time."""
     monkeypatch.setattr("moe.energy.reader.PROMPT_S", 0.1)
     monkeypatch.setattr("moe.energy.reader.SHARE", 1e-9)
     times: list[float] = []
     fsync = os.fsync
     monkeypatch.setattr("os.fsync", lambda fd: (times.append(time.monotonic()), fsync(fd)))
-    source = SlowSource()
+    source = SlowSource(kind)
     with EnergyMeter(tmp_path / "ledger.jsonl", sources=[source], interval_s=0.3, flush_s=1.5):
         time.sleep(6.0)
     assert source.reads <= 12  # every 0.9 s, and at both ends
@@ -163,14 +164,12 @@ def test_a_slow_driver_does_not_make_the_flush_late(tmp_path, monkeypatch):
 
 
 class SlowSource:
-    """A counter whose every read takes 0.2 s."""
+    """A sensor whose every read takes 0.2 s."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         self.failures: dict[str, str] = {}
         self.reads = 0
-        self.devices = (
-            Device(uuid="X", name="slow", kind="gpu", source="counter", scope="gpu", band=0.05, tick_s=0.1),
-        )
+        self.devices = (Device(uuid="X", name="slow", kind="gpu", source=kind, scope="gpu", band=0.05, tick_s=0.1),)
 
     def read(self) -> dict[str, int | None]:
         self.reads += 1

@@ -132,8 +132,12 @@ OPEN = """
 @pytest.mark.parametrize(
     ("chip", "expected"),
     [
-        pytest.param({"arch": 9}, "0.1|power averaged over 1 s, integrated: sees all of the time", id="Hopper"),
-        pytest.param({"arch": 7}, "0.1|power averaged over 1 s, integrated: sees all of the time", id="Ampere"),
+        pytest.param(
+            {"arch": 9}, "0.1|power averaged over 1 s, integrated: one read a second sees all of the time", id="Hopper"
+        ),
+        pytest.param(
+            {"arch": 7}, "0.1|power averaged over 1 s, integrated: one read a second sees all of the time", id="Ampere"
+        ),
         pytest.param(
             {"arch": 7, "average": 0},
             "0.2|instantaneous power, integrated: one read a second sees 2.5% of the time",
@@ -185,7 +189,7 @@ def test_a_driver_without_the_counters_symbol_is_integrated(node, gpu, old_nvml_
     look = "        print(sorted(source.conditions()[device.uuid]))\n"
     out = node.run(OPEN.format(uuid=gpu.uuid) + look, **old)
     assert out == (
-        "integrated|gpu|0.1|power averaged over 1 s, integrated: sees all of the time\n"
+        "integrated|gpu|0.1|power averaged over 1 s, integrated: one read a second sees all of the time\n"
         "['power_limit_w', 'power_w', 'sm_clock_mhz', 'temperature_c', 'throttle']\n"
     )
 

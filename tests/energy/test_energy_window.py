@@ -95,16 +95,13 @@ def test_a_trailing_mean_is_taken_for_the_time_before_the_read(monkeypatch, trai
     assert energy_mj == expected_j * 1000
 
 
-def test_a_trailing_mean_is_not_stretched_over_a_time_it_did_not_see(monkeypatch):
-    """Reads 2.1 s apart are a gap for a mean over a second; powers of the moment may lie 5 s apart."""
+def test_power_is_not_stretched_over_a_time_nobody_looked_at(monkeypatch):
+    """Reads 5.1 s apart are a gap, for a mean over a second and for a power of the moment."""
     for trailing in (True, False):
-        now_ns = iter((0, 2_000_000_000, 4_100_000_000))
+        now_ns = iter((0, 5_000_000_000, 10_100_000_000))
         monkeypatch.setattr("moe.energy.sources.integral.boottime_ns", lambda now_ns=now_ns: next(now_ns))
         integral = PowerIntegral(trailing=trailing)
         integral.add(100_000)
-        assert integral.add(100_000) == 200_000
-        if trailing:
-            with pytest.raises(ValueError, match=r"no power read for 2\.1 s"):
-                integral.add(100_000)
-        else:
-            assert integral.add(100_000) == 410_000
+        assert integral.add(100_000) == 500_000
+        with pytest.raises(ValueError, match=r"no power read for 5\.1 s"):
+            integral.add(100_000)

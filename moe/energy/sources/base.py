@@ -25,7 +25,7 @@ class Device:
     band     declared sensor gain error, as a fraction of the energy
     tick_s   how often the sensor's number changes; the quantisation of a window is at most two ticks of `p_max_w`. Of
              integrated power: what one read is a mean over, or how far two reads lie apart
-    seen     share of the time between two reads that an integrated sensor sees; the rest is told from the spread
+    seen     share of the time that an integrated sensor sees at one read a second; the rest is told from the spread
     p_max_w  the power the device cannot exceed; None where the sensor does not tell
     note     what a reader of the number must know, for instance that a whole GPU is billed for one MIG slice
     """

@@ -32,7 +32,7 @@ class PowerSensor:
     def note(self) -> str:
         """How the number comes about, for the device's note."""
         if self.seen == 1.0:
-            return "power averaged over 1 s, integrated: sees all of the time"
+            return "power averaged over 1 s, integrated: one read a second sees all of the time"
         return f"instantaneous power, integrated: one read a second sees {self.seen:.1%} of the time"
 
     def read_mw(self) -> int:
