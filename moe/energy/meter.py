@@ -5,19 +5,19 @@ import functools
 import os
 import socket
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns, utc_now
+from moe.energy.clock import boot_id, boottime_ns, device_time_start_ns
 from moe.energy.file_fold import NS_PER_HOUR, FileFold, device_hours_of
+from moe.energy.journal import Journal
 from moe.energy.ledger import LedgerWriter, Record
 from moe.energy.locks import Lock, lock_device, lock_ledger
 from moe.energy.phases import PhaseClock
-from moe.energy.reader import Reader, Reading
+from moe.energy.reader import Reader
 from moe.energy.sources import Source, is_measured, node_counter, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
 from moe.energy.sources.integral import READ_EVERY_S
@@ -94,12 +94,10 @@ class EnergyMeter:
         self._base_mj, self._base_hours, self._has_base = 0, 0.0, False
         self._names = ("", "", True)  # source, scope and measured of the whole ledger
         self._prior: FileFold | None = None
-        self._records: list[tuple[str, int | None, dict[str, Any]]] = []  # not yet written
-        self._records_lock = threading.Lock()
         self._running = False
-        self._start_ns = self._ended_ns = self._synced_ns = 0
+        self._start_ns = self._ended_ns = 0
         self._writer = LedgerWriter(None)
-        self._reader = Reader((), interval_s, interval_s, self._on_reading)
+        self._reader = Reader((), interval_s, interval_s, lambda reading, pause_s: None)
 
     def start(self) -> "EnergyMeter":
         """Open sensors and ledger, write the `segment` line and the first reading, start the reader thread."""
@@ -130,17 +128,18 @@ class EnergyMeter:
         self._writer = LedgerWriter(self.path, on_record=self._see)
         if self._node is None and any(device.kind == "gpu" for source in self._sources for device in source.devices):
             self._node = node_counter()
-        longest_s = max(self._interval_s, self._flush_s - 2 * self._interval_s)  # a reading is written in time
-        self._reader = Reader(self._sources, self._interval_s, longest_s, self._on_reading, self._node)
         self._start_ns = boottime_ns()
         if self.path is not None and not _startup_claimed:
             self._start_ns, _startup_claimed = self._device_time_start_ns(prior), True
         self._phases = PhaseClock(self._start_ns, long_s=self._interval_s)
+        self._journal = Journal(self._writer, self._phases, self._interval_s, self._flush_s)
+        longest_s = max(self._interval_s, self._flush_s - 2 * self._interval_s)  # a reading is written in time
+        self._reader = Reader(self._sources, self._interval_s, longest_s, self._journal.add, self._node)
         self._write_header()
         self._phases.cut()
         self._phases.enter("idle")
         self._reader.start()
-        self._write()
+        self._journal.write()
         self._prior = None
         self._add_up_prior(prior)
 
@@ -213,7 +212,7 @@ class EnergyMeter:
         self._phases.cut()
         self._ended_ns = boottime_ns()
         end = {"reason": reason if answered else f"{reason}; the last read hung"}
-        self._write([("end", self._ended_ns, end)])
+        self._journal.write([("end", self._ended_ns, end)])
         self._writer.close()
         self._release(close_sources=answered)
 
@@ -260,7 +259,7 @@ class EnergyMeter:
             self.progress(step, tokens)
         if self._running:
             self._phases.cut()
-            self._write()
+            self._journal.write()
         return {"segment": self.segment, "seq": self._writer.last_seq}
 
     def window(self, name: str) -> Window:
@@ -320,51 +319,3 @@ class EnergyMeter:
         lost_j = sum(prior.unattributed_mj(len(prior.segments) - 1).values()) / 1000
         if earlier and earlier[-1].end_reason is None and not lost_j:
             self._writer.append("gap", device=None, reason="reset", detail="the segment before was lost with its end")
-
-    def _on_reading(self, reading: Reading, pause_s: float) -> None:
-        """Keep what the reader found (called in its thread): gaps, readings, and the time since the last mark.
-
-        Written when after the next reading, `pause_s` later and up to an interval long, it would be more than `flush_s`
-        old: a thread that wakes once a second finds every call cold, and a hash or a write costs several times what it
-        does in a row of them.
-        """
-        utc = utc_now()
-        records: list[tuple[str, int | None, dict[str, Any]]] = [
-            ("gap", reading.at_ns, {"utc": utc, "device": uuid, "reason": event, "detail": detail})
-            for uuid, event, detail in reading.gaps
-        ]
-        node = {} if reading.node_mj is None else {"node_energy_mj": reading.node_mj}
-        for uuid, raw_mj in reading.raw_mj.items():
-            if raw_mj is not None:
-                conditions = reading.conditions.get(uuid, {})
-                fields = {"utc": utc, "device": uuid, "energy_mj": raw_mj, **conditions, **node}
-                records.append(("reading", reading.at_ns, fields))
-                node = {}  # on the first line of a round
-        self._phases.cut()
-        with self._records_lock:
-            self._records += records
-            self._take_marks(utc)
-        if (boottime_ns() - self._synced_ns) / 1e9 + pause_s + self._interval_s >= self._flush_s:
-            self._write()
-
-    def _take_marks(self, utc: str) -> None:
-        """Put the marks that wait behind the records (with the lock held): their order is that of time."""
-        while (mark := self._phases.take()) is not None:
-            fields = {
-                "utc": utc,
-                "phase": mark.phase,
-                "step": mark.step,
-                "tokens": mark.tokens,
-                "phase_s": mark.phase_s,
-            }
-            self._records.append(("mark", mark.boottime_ns, fields))
-
-    def _write(self, last: Sequence[tuple[str, int | None, dict[str, Any]]] = ()) -> None:
-        """Write everything that waits, then `last`, and fsync. The reader and the program both do."""
-        self._synced_ns = boottime_ns()
-        with self._records_lock:
-            self._take_marks(utc_now())
-            records, self._records = [*self._records, *last], []
-            if records:
-                self._writer.append_all(records)
-        self._writer.sync()
