@@ -9,6 +9,7 @@ training is tests/trainer's tiny recipe on the processor. Ledger and metrics are
 
     checkpoint   while a checkpoint's files are being written
     power cut    anywhere; then what was not fsynced goes, from a random byte on, and the machine stays off for a while
+    rare         in work of ten seconds and more since the last checkpoint, all of it lost; steps are slower there
     step         anywhere
     start        from the first instant of the process to its first steps
 """

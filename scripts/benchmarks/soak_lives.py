@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "tests" / "trainer" / "soaked_recipe.py"
-KINDS = ("checkpoint", "power cut", "step", "start")
+KINDS = ("checkpoint", "power cut", "rare", "step", "start")
 LAST_STEPS = 100
-WORDS = ("train.checkpoint_every_steps=20", "train.eval_every_tokens=5120")
+CHECKPOINT_EVERY, RARE_EVERY = 20, 1000  # steps
+PACE_S = 0.25  # of the steps between rare checkpoints: fewer of them than LAST_STEPS in a life
+RARE_S = (10.0, 13.0)
 START_S = 4.5  # of which three and a half load torch
 OFF_S = (2.0, 4.0)  # with the start that follows, longer than a flush interval
 PATIENCE_S = 120.0
@@ -84,7 +86,8 @@ class Soak:
         self._end(*self._begin("whole", "end"))
         targets = sorted(self._chance.sample(range(1, self.steps - LAST_STEPS), self.kills))
         for number, target in enumerate(targets):
-            life, process = self._begin("killed", KINDS[number % len(KINDS)])
+            kind = KINDS[number % len(KINDS)]
+            life, process = self._begin("killed", kind, rare=kind == "rare")
             self._kill(life, process, target)
             self.lives.append(life)
             if self.ledger().is_file():
@@ -100,13 +103,18 @@ class Soak:
     def path(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def _begin(self, name: str, kind: str) -> tuple[Life, "subprocess.Popen[bytes]"]:
-        command = [sys.executable, str(RECIPE), f"run.name={name}", f"train.max_steps={self.steps}", *WORDS]
+    def _begin(self, name: str, kind: str, rare: bool = False) -> tuple[Life, "subprocess.Popen[bytes]"]:
+        words = {
+            "run.name": name,
+            "train.max_steps": self.steps,
+            "train.checkpoint_every_steps": RARE_EVERY if rare else CHECKPOINT_EVERY,
+            "train.eval_every_tokens": 5120,
+        }
+        command = [sys.executable, str(RECIPE), *(f"{name}={value}" for name, value in words.items())]
+        environment = {**self._environment, "PACE_S": str(PACE_S if rare else 0)}
         forked_ns = now_ns()
         with (self.folder / f"{name}.stderr").open("ab") as said:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=self._environment, stderr=said, start_new_session=True
-            )
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, stderr=said, start_new_session=True)
         return Life(kind, process.pid, forked_ns, now_ns()), process
 
     def _end(self, life: Life, process: "subprocess.Popen[bytes]") -> None:
@@ -133,6 +141,9 @@ class Soak:
     def _wait_for_its_moment(self, life: Life, process: "subprocess.Popen[bytes]", target: int) -> None:
         if life.kind == "start":
             time.sleep(self._chance.uniform(0, START_S))
+        elif life.kind == "rare":
+            self._wait(process, lambda: self._step(life) >= 0)
+            time.sleep(self._chance.uniform(*RARE_S))
         else:
             self._wait(process, lambda: self._step(life) >= target)
             if life.kind == "checkpoint":

@@ -9,6 +9,7 @@ from typing import Any
 from soak_lives import Life, Soak
 
 from moe.energy import Fold, fold_ledgers
+from moe.energy.phases import LOST, STEP_PHASES
 from moe.rundir import read_metrics
 
 FLUSH_NS = 5 * 10**9  # the meter's default
@@ -25,6 +26,7 @@ class Part:
     header: Record
     last_ns: int
     readings: list[Record] = field(default_factory=list)
+    other_work_s: float = 0.0  # since the first reading, in phases that are no part of a step
 
     @property
     def energy_mj(self) -> int:
@@ -45,6 +47,7 @@ class Verdicts:
         self.holds: dict[str, bool] = {}
         self._energy(self.fold)
         self._kills()
+        self._lost_work(self.fold)
         self._time(self.fold)
         self._training(self.fold)
 
@@ -100,6 +103,28 @@ class Verdicts:
             "longest_unread_s": max(gap for _, gap, _ in rows) / 1e9,
             "largest_unattributed_mj": max(told for _, _, told in rows),
             "bytes_cut": sum(life.cut_bytes for life in self.soak.lives),
+        }
+
+    def _lost_work(self, fold: Fold) -> None:
+        """Lives without a checkpoint: all their steps were done again, so none of their joules is training's."""
+        (file,) = fold.files
+        lost_mj, exact, whole = [], True, True
+        for segment, part, end in zip(file.segments, self.parts, file.lineage_ends(), strict=True):
+            if self._life(part).kind != "rare" or not part.readings:
+                continue
+            purposes, _ = segment.purposes(self.gpu.uuid, end or 0)
+            lost_mj.append(purposes.get(LOST, 0))
+            kept_mj = purposes.get("training", 0) + purposes.get("data", 0)
+            exact = exact and kept_mj == 0 and sum(purposes.values()) == part.energy_mj
+            most_mw = max(self.gpu.power1_mw, self.gpu.power2_mw)
+            whole = whole and lost_mj[-1] >= part.energy_mj - round(part.other_work_s * most_mw)
+        self.holds["of work since the last checkpoint nothing is told as training, to the millijoule"] = exact
+        self.holds["that work is told as lost, but for the time of evaluations and of the start"] = whole and any(
+            lost_mj
+        )
+        self.numbers |= {
+            "kills_with_rare_checkpoints": len(lost_mj),
+            "lost_between_rare_checkpoints_mj": sum(lost_mj),
         }
 
     def _time(self, fold: Fold) -> None:
@@ -173,6 +198,8 @@ def _parts(ledger: Path) -> list[Part]:
         parts[-1].last_ns = max(parts[-1].last_ns, record["boottime_ns"])
         if record["kind"] == "reading":
             parts[-1].readings.append(record)
+        if record["kind"] == "mark" and parts[-1].readings:
+            parts[-1].other_work_s += sum(s for name, s in record["phase_s"].items() if name not in STEP_PHASES)
     return parts
 
 

@@ -2,16 +2,21 @@
 
 HELD_GPU=uuid       what torch would call the device; the training itself is on the processor
 FSYNCED=file        one line "size path" for each append-only file put on the disk
+PACE_S=seconds      how much longer each step takes, as a larger model's would
 """
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 from tiny_recipe import RECIPE
 
 from moe.trainer import main, metering
+from moe.trainer.step import Stepper
 
 _fsync = os.fsync
+_step = Stepper.step
 
 
 def _noted_fsync(fd: int) -> None:
@@ -22,7 +27,13 @@ def _noted_fsync(fd: int) -> None:
             file.write(f"{size} {path}\n")
 
 
+def _paced_step(*args: Any, **words: Any) -> Any:
+    time.sleep(float(os.environ["PACE_S"]))
+    return _step(*args, **words)
+
+
 if __name__ == "__main__":
     os.fsync = _noted_fsync
+    Stepper.step = _paced_step
     metering.device_uuid = lambda device: os.environ["HELD_GPU"]
     main(RECIPE)
