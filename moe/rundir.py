@@ -169,7 +169,8 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of the final lineage in order: for each step the last segment's, without work a restart threw away.
 
-    A torn line is skipped. Raises CompareError when the file is missing or a row names no segment or step.
+    A torn line is skipped. Raises CompareError when the file is missing, or a row names no segment or step, or one that
+    is no count.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -183,9 +184,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(row, dict) or "segment" not in row or "train/step" not in row:
             raise CompareError(f"{path} line {number} has no segment or train/step; is it a metrics file?")
+        for name in ("segment", "train/step", "resumed_step"):
+            if not _is_count(row.get(name, 0)):
+                raise CompareError(
+                    f"{path} line {number} says {name} is {row[name]!r:.40}, not a count; restore the file"
+                )
         if "resumed_step" in row:
             resumed = row["resumed_step"]  # 0 starts anew: not even the evaluation before the first step is kept
             rows = [kept for kept in rows if 0 < resumed >= kept["train/step"]]
         else:
             rows.append(row)
     return rows
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a number from a file is a whole one from zero on; JSON's true is none."""
+    return type(value) is int and value >= 0

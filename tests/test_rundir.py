@@ -79,6 +79,21 @@ def test_foreign_metrics_are_refused(tmp_path: Path) -> None:
         read_metrics(tmp_path / "none.jsonl")
 
 
+@pytest.mark.parametrize("value", ['"3"', "null", "2.5", "true", "-1", "[1]", "NaN", '{"a": 1}'])
+@pytest.mark.parametrize("name", ["segment", "train/step", "resumed_step"])
+def test_tampered_metrics_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    """A step that is no count is one sentence with its line, not a TypeError in whoever compares it."""
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"segment": 0, "train/step": step} for step in range(3)] + [{"segment": 1, "train/step": 2}]
+    whole[-1]["resumed_step"] = 2
+    lines = [json.dumps(row) for row in whole]
+    lines[-1] = json.dumps(whole[-1] | {name: "?"}).replace('"?"', value)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(CompareError, match=rf"line 4 says {name} is .* not a count; restore the file$") as caught:
+        read_metrics(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_json_files_are_whole_or_old(tmp_path: Path) -> None:
     """A value that cannot be written leaves the file as it was, and what is missing is named."""
     path = tmp_path / "config.json"
