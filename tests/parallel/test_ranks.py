@@ -1,4 +1,8 @@
-"""Which host a process is on decides which of the run's ledgers it writes."""
+"""Which host a process is on decides which of the run's ledgers it writes; and a barrier that outlasts hours."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +21,32 @@ def test_the_launcher_says_which_host(told: dict[str, str], node: int, monkeypat
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert ranks.node() == node
+
+
+WAITING = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from moe.parallel import ranks
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+(folder / str(rank)).touch()
+while len(list(folder.iterdir())) < 2:  # the imports are over on both: a second is enough to meet
+    time.sleep(0.01)
+dist.init_process_group("gloo", f"file://{folder}.meeting", timedelta(seconds=1), world_size=2, rank=rank)
+wait = ranks.patient_barrier()
+if rank == 0:
+    time.sleep(2.5)
+began = time.monotonic()
+(dist.barrier if sys.argv[3] == "barrier" else wait)()
+print("waited" if time.monotonic() - began > 1.5 else "came last")
+"""
+
+
+@pytest.mark.parametrize(("kind", "said"), [("patient", {"waited", "came last"}), ("barrier", {""})])
+def test_a_patient_barrier_outlasts_the_groups_timeout(tmp_path: Path, kind: str, said: set[str]) -> None:
+    """The first rank comes after two and a half times the timeout: the other waits, or gives up at a usual barrier."""
+    command = [sys.executable, "-c", WAITING, str(tmp_path)]
+    both = [subprocess.Popen([*command, str(rank), kind], stdout=-1, stderr=-1, text=True) for rank in (0, 1)]
+    assert {process.communicate(timeout=60)[0].strip() for process in both} == said
