@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["new_identity", "open_tracker"]
 
 _AXES = ("train/step", "train/tokens", "train/device_hours", "energy/total_kwh")  # what a chart may be drawn against
+_START_S = 30  # how long a start waits for W&B's server to answer, before it goes on without
 _FINISH_S = 60  # how long the end of a run waits for W&B's upload; what is missing then, `wandb sync` sends
 
 
@@ -72,7 +73,7 @@ def _open_wandb(recipe: Recipe, run: RunDir) -> "GeneralTracker":
         resume="allow",
         dir=str(run.root),
         mode=None if _has_wandb_key() else "offline",
-        settings={"silent": True, "finish_timeout": _FINISH_S},
+        settings={"silent": True, "init_timeout": _START_S, "finish_timeout": _FINISH_S},
     )
     tracker.start()
     tracker.store_init_configuration(recipe.to_dict())

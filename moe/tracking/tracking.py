@@ -31,15 +31,17 @@ class Tracking:
     def __init__(self, recipe: Recipe, run: RunDir, *, segment: int, resumed_step: int) -> None:
         self._writer: MetricsWriter | None = None
         self._trackers: dict[str, GeneralTracker] = {}
+        self._first_steps: dict[str, int] = {}  # of each tracker: earlier steps it has, and cannot take back
         self._run = run
         if not ranks.is_first():
             return
-        self._logged_step = _last_logged_step(run.metrics)
+        logged_step = _last_logged_step(run.metrics)
         self._writer = MetricsWriter(run.metrics, segment=segment, resumed_step=resumed_step)
         for name in recipe.tracking.trackers:
             tracker = self._try(name, open_tracker, name, recipe, run, resumed_step)
             if tracker is not None:
                 self._trackers[name] = tracker
+                self._first_steps[name] = self._try(name, _first_step, name, tracker, logged_step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write one row; it must hold `train/step`."""
@@ -48,8 +50,7 @@ class Tracking:
         self._writer.append(row)
         step = row["train/step"]
         for name, tracker in list(self._trackers.items()):
-            # what trackio was given before a restart it cannot take back: a step is not given twice
-            if name != "trackio" or step > self._logged_step:
+            if step >= self._first_steps[name]:
                 self._try(name, tracker.log, dict(row), step=step)
 
     def sync(self) -> None:
@@ -78,6 +79,16 @@ class Tracking:
                 flush=True,
             )
             return None
+
+
+def _first_step(name: str, tracker: "GeneralTracker", logged_step: int) -> int:
+    """From which step on a tracker is sent rows, where earlier segments have logged up to `logged_step`.
+
+    W&B says what its server has: nothing offline, and after a kill less than was logged.
+    """
+    if name == "trackio":
+        return logged_step + 1
+    return int(tracker.tracker.starting_step) if name == "wandb" else 0
 
 
 def _last_logged_step(metrics: Path) -> int:
