@@ -28,6 +28,7 @@ import torch
 
 from . import _triton
 from .agreement import Check
+from .configs import capability_of
 from .errors import KernelError
 
 __all__ = ["register_check", "registered_checks", "resolve"]
@@ -128,6 +129,7 @@ def _self_check(device: torch.device, op: str | None, dtype: torch.dtype | None)
         missing = [
             (check, tested)
             for check in checks
+            if check.capability <= capability_of(device)
             for tested in check.tolerance
             if dtype in (None, tested) and (check.op, tested, *here) not in _passed
         ]

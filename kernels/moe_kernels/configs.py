@@ -27,7 +27,16 @@ import torch
 
 from ._triton import INTERPRETED
 
-__all__ = ["Config", "capability_of", "config_for", "families", "few_programs", "n_programs", "row_block"]
+__all__ = [
+    "FP8_CAPABILITY",
+    "Config",
+    "capability_of",
+    "config_for",
+    "families",
+    "few_programs",
+    "n_programs",
+    "row_block",
+]
 
 
 class Config(NamedTuple):
@@ -119,6 +128,9 @@ _TABLE: dict[tuple[str, str, int], Config] = {
     ("wgrad_gathered", "fp32", 64): Config(64, 64, 32, 4, 3, 2, precision="ieee"),
     ("wgrad_gathered", "fp32", 16): Config(64, 64, 32, 4, 3, 2, precision="ieee"),
 }
+
+
+FP8_CAPABILITY = (8, 9)  # the least whose tensor cores take E4M3
 
 
 def row_block(dtype: torch.dtype, n_rows: int, n_experts: int) -> int:

@@ -36,8 +36,9 @@ from torch import Tensor
 from . import mlp_torch, mlp_triton
 from .agreement import Check, E, K, Side, T, normal, uniform, widths
 from .backend import register_check, resolve
-from .configs import families
+from .configs import FP8_CAPABILITY, capability_of, families
 from .errors import KernelError
+from .mlp_fp8 import fp8_expert_mlp
 
 __all__ = ["expert_mlp"]
 
@@ -52,6 +53,7 @@ def expert_mlp(
     tokens_per_expert: Tensor | None = None,
     null_experts: int = 0,
     weighting: Literal["after", "before", "none"] = "after",
+    fp8: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """y_TD: every token through its K experts, summed with its weights. Dropless; no host synchronisation on CUDA.
@@ -61,6 +63,8 @@ def expert_mlp(
     else counted. null_experts: how many numbers from E on stand for no expert: they add nothing and cost no product.
     weighting: where a choice's weight enters: "after", on the expert's result, as in DeepSeek and most others;
     "before", on its input, as in Llama 4; "none", nowhere, and its gradient is zero.
+    fp8: multiply in 8 bits with scales of tiles, in both passes (`mlp_fp8.py`); dtypes of results and gradients stay.
+    It needs bf16 around it, weighting "after", and on a GPU compute capability 8.9.
     Differentiable in x, both weights and topk_weight. Under autocast it computes in the autocast dtype, and gradients
     of fp32 parameters are fp32. Equal inputs on one device give equal bits, forward and backward.
     """
@@ -77,6 +81,12 @@ def expert_mlp(
         )
     leaves = (x_TD, gate_up_EFD, down_EDF, topk_weight_TK)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+    if fp8:
+        _check_fp8(x_TD, weighting, backend)
+        return fp8_expert_mlp(
+            x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, keep,
+            resolve(backend, x_TD.device, "fp8_expert_mlp", x_TD.dtype),
+        )[0]  # fmt: skip
     return _expert_mlp(
         x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, keep,
         resolve(backend, x_TD.device, "expert_mlp", x_TD.dtype),
@@ -102,6 +112,16 @@ def _check(
         )
     if counts is not None and counts.shape != (n_experts + null_experts,):
         raise KernelError(f"tokens_per_expert has shape {tuple(counts.shape)}: give ({n_experts + null_experts},)")
+
+
+def _check_fp8(x: Tensor, weighting: str, backend: str | None) -> None:
+    if x.dtype != torch.bfloat16:
+        raise KernelError(f"fp8=True computes around its products in bfloat16, not {x.dtype}: run under torch.autocast")
+    if weighting != "after":
+        raise KernelError(f"fp8=True takes weighting='after' only, not {weighting!r}: use that, or fp8=False")
+    if x.is_cuda and backend != "torch" and capability_of(x.device) < FP8_CAPABILITY:
+        found = ".".join(map(str, capability_of(x.device)))
+        raise KernelError(f"fp8=True needs compute capability 8.9, and {x.device} has {found}: use fp8=False")
 
 
 # by backend

@@ -13,7 +13,7 @@ from ._triton import tl, triton
 from .grouped_kernels import rows_tile, weight_operand, weight_tile
 from .tiles import tile_of
 
-__all__ = ["swiglu_backward_kernel", "swiglu_kernel"]
+__all__ = ["columns_backward", "swiglu_backward_kernel", "swiglu_kernel"]
 
 
 @triton.jit
@@ -141,14 +141,14 @@ def swiglu_backward_kernel(
         left, right = q.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         HALF: tl.constexpr = BN // 2
         row = o_row.to(tl.int64)
-        dweight = _columns_backward(left, weight, p_h, p_dh, p_a, row, m_row, col, n_hidden, HALF, WEIGHTING)
-        dweight += _columns_backward(right, weight, p_h, p_dh, p_a, row, m_row, col + HALF, n_hidden, HALF, WEIGHTING)
+        dweight = columns_backward(left, weight, p_h, p_dh, p_a, row, m_row, col, n_hidden, HALF, WEIGHTING)
+        dweight += columns_backward(right, weight, p_h, p_dh, p_a, row, m_row, col + HALF, n_hidden, HALF, WEIGHTING)
         if WEIGHTING != "none":
             tl.store(p_dweight + slot.to(tl.int64) * n_col_tiles + col_tile, dweight, mask=m_row)
 
 
 @triton.jit
-def _columns_backward(q, weight, p_h, p_dh, p_a, row, m_row, col, n_hidden, BN: tl.constexpr, WEIGHTING: tl.constexpr):
+def columns_backward(q, weight, p_h, p_dh, p_a, row, m_row, col, n_hidden, BN: tl.constexpr, WEIGHTING: tl.constexpr):
     """Store dh and a of the columns from col on; return their share of dweight (BM,), which "none" does not have."""
     o_f = col + tl.arange(0, BN)
     mask = m_row[:, None] & (o_f < n_hidden)[None, :]

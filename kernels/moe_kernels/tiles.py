@@ -20,12 +20,13 @@ Example: BM = 2, offsets 0 3 3 4 -> tiles (0, 0, 2) (0, 2, 3) (2, 3, 4), count 3
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._triton import tl, triton
 from .launching import launch
 
-__all__ = ["GROUP", "TileSchedule", "schedule_tiles", "side_by_side", "tile_of"]
+__all__ = ["GROUP", "TileSchedule", "schedule_tiles", "schedule_tiles_torch", "side_by_side", "tile_of"]
 
 GROUP = 8  # row tiles side by side
 
@@ -91,3 +92,16 @@ def schedule_tiles(offsets: Tensor, n_rows: int, block: int) -> TileSchedule:
     block_e = triton.next_power_of_2(n_experts)
     launch(tile_schedule_kernel, (n_experts,), *args, BM=block, BE=block_e, BT=128, num_warps=4)
     return TileSchedule(tiles, count, block)
+
+
+def schedule_tiles_torch(offsets: Tensor, n_rows: int, block: int) -> TileSchedule:
+    """The same in torch; what it allots and does not need has no rows."""
+    n_experts = offsets.numel() - 1
+    ends = ((offsets.diff() + block - 1) // block).cumsum(0)  # of each expert's tiles
+    tile = torch.arange(-(-n_rows // block) + n_experts - 1, device=offsets.device)
+    expert = torch.searchsorted(ends, tile, right=True).clamp(max=n_experts - 1)
+    first_tile = ends[expert] - (offsets.diff()[expert] + block - 1) // block
+    first = offsets[expert] + (tile - first_tile) * block
+    last = torch.minimum(first + block, offsets[expert + 1])
+    tiles = torch.stack([expert, first, last], 1) * (tile < ends[-1]).unsqueeze(1)
+    return TileSchedule(tiles.to(torch.int32), ends[-1:].to(torch.int32), block)

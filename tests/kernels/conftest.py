@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_kernels.configs import FP8_CAPABILITY
+
 # Largest error allowed, relative to the largest value of the fp64 reference. Inputs are scaled so that values are near
 # one; the bound leaves room for another order of summation (fp32) or for three roundings to the dtype between x and the
 # gradients (fp16 has 11 bits of mantissa, bf16 8), and is far below what one wrong row or tile gives.
@@ -62,6 +64,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def place(request: pytest.FixtureRequest) -> Place:
     """Backend, device and dtype under test."""
     return request.param
+
+
+@pytest.fixture
+def device_with_fp8(request: pytest.FixtureRequest) -> None:
+    """Nothing on a GPU whose tensor cores take no E4M3."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        pytest.skip("needs a device of compute capability 8.9 or newer")
 
 
 @pytest.fixture
