@@ -16,21 +16,21 @@ def memory(
     *,
     micro_batch_size: int,
     seq_len: int,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32",
     recompute_layers: int = 0,
     optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> dict[str, int]:
     """Bytes one process of the trainer holds between a forward and its backward pass, by part; they add up.
 
-    weights: fp32 in both precisions (bf16 is autocast over them), selection biases with them.
+    weights: fp32 in every precision (bf16 and fp8 are autocast over them), selection biases with them.
     gradients: fp32.
     optimizer: AdamW's two moments, fp32; one momentum for what Muon trains.
     activations: what autograd keeps of one micro-batch, on the torch backend on a CPU. Autocast's copies of weights are
         among it, and the output head's gradients, which it works out in the forward pass.
 
-    The Triton backend keeps the same of the routed experts. What else a GPU's kernels keep is unmeasured. Not counted:
-    document masks, balance losses, what an operation needs while it runs (1 GB in the output head), and what the
-    allocator rounds up.
+    Under fp8 that is what bf16 keeps: experts quantise what they multiply, and drop it. The Triton backend keeps the
+    same of the routed experts. What else a GPU's kernels keep is unmeasured. Not counted: document masks, balance
+    losses, what an operation needs while it runs (1 GB in the output head), and what the allocator rounds up.
 
     Args:
         precision: as `train.precision`.

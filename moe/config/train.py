@@ -20,7 +20,10 @@ class TrainConfig(Section):
         None, at_least=1, doc="sequences a rank passes at once; none for global_batch_size / ranks", may_change=True
     )
     seq_len: int = setting(256, at_least=2, doc="tokens a sequence")
-    precision: Literal["fp32", "bf16"] = setting("fp32", doc="dtype of matrix products; master weights stay fp32")
+    precision: Literal["fp32", "bf16", "fp8"] = setting(
+        "fp32",
+        doc="dtype of matrix products; master weights stay fp32; fp8: those of the routed experts, bf16 elsewhere",
+    )
     compile: bool = setting(False, doc="torch.compile the model", may_change=True)
     recompute_layers: int = setting(
         0,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_kernels import expert_mlp
 
-__all__ = ["Experts"]
+__all__ = ["Experts", "multiply_in_fp8"]
 
 
 class Experts(nn.Module):
@@ -24,6 +24,8 @@ class Experts(nn.Module):
         moe_intermediate_size: width F of one expert's SwiGLU.
         n_routed_experts: experts E.
         n_null_experts: numbers from E on that stand for no expert.
+        fp8: multiply in 8 bits with scales of tiles, forward and backward, as DeepSeek-V3 was trained (arXiv:2412.19437
+            §3.3); for bf16 autocast, or weights and input in bf16. On a CPU it is exact about that, and slow.
         backend: "torch" or "triton" kernels; None chooses by device.
     """
 
@@ -34,6 +36,7 @@ class Experts(nn.Module):
         n_routed_experts: int,
         *,
         n_null_experts: int = 0,
+        fp8: bool = False,
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
@@ -42,6 +45,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=0.02)
         nn.init.normal_(self.down_proj, std=0.02)
         self.n_null_experts = n_null_experts
+        self.fp8 = fp8
         self.backend = backend
 
     def forward(self, x_TD: Tensor, topk_index_TK: Tensor, topk_weight_TK: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class Experts(nn.Module):
             tokens_per_expert: (E,) int32, how often each expert occurs in `topk_index_TK`.
 
         Raises:
-            KernelError: shapes or dtypes do not fit together, or the backend cannot run here.
+            KernelError: shapes or dtypes do not fit together, or the backend or fp8 cannot run here.
         """
         return expert_mlp(
             x_TD,
@@ -67,5 +71,14 @@ class Experts(nn.Module):
             topk_weight_TK,
             tokens_per_expert=tokens_per_expert,
             null_experts=self.n_null_experts,
+            fp8=self.fp8,
             backend=self.backend,
         )
+
+
+def multiply_in_fp8(model: nn.Module) -> int:
+    """From now on all routed experts of `model` multiply in 8 bits; returns how many layers have any."""
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    for layer in layers:
+        layer.fp8 = True
+    return len(layers)

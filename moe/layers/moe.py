@@ -26,6 +26,7 @@ class MoE(nn.Module):
         n_shared_experts: experts every token passes, computed as one SwiGLU of that many widths.
         n_null_experts: further choices of the router that compute nothing, so that a token may use fewer than K.
         score_func, topk_method, n_group, topk_group, norm_topk_prob, routed_scaling_factor: see `moe.ModelConfig`.
+        fp8: the routed experts multiply in 8 bits; see `Experts`.
         backend: "torch" or "triton" kernels; None chooses by device.
 
     To balance its load while training, call `moe.Balancer(model).step()` after each optimizer step.
@@ -54,6 +55,7 @@ class MoE(nn.Module):
         topk_group: int = 1,
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
+        fp8: bool = False,
         backend: Literal["torch", "triton"] | None = None,
     ) -> None:
         super().__init__()
@@ -71,7 +73,12 @@ class MoE(nn.Module):
             backend=backend,
         )
         self.experts = Experts(
-            hidden_size, moe_intermediate_size, n_routed_experts, n_null_experts=n_null_experts, backend=backend
+            hidden_size,
+            moe_intermediate_size,
+            n_routed_experts,
+            n_null_experts=n_null_experts,
+            fp8=fp8,
+            backend=backend,
         )
         shared = n_shared_experts * moe_intermediate_size
         self.shared_experts = FeedForward(hidden_size, shared) if shared else None

@@ -51,7 +51,7 @@ class Engine:
             return self.accelerator.prepare_model(model)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Matrix products in the dtype of `train.precision`."""
+        """Matrix products in the dtype of `train.precision`; around those that are fp8, bf16."""
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

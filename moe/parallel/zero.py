@@ -4,7 +4,7 @@ DeepSpeed joins all parameters of an optimizer group into one flat tensor and gi
 part of every parameter). The optimizer of the recipe then steps those flat parts, so its state belongs to them; a
 checkpoint holds whole tensors by parameter, as every engine's does, gathered here one at a time.
 
-All is fp32: weights, gradients in flight, optimizer state. `train.precision=bf16` is autocast, as everywhere.
+All is fp32: weights, gradients in flight, optimizer state. bf16 and fp8 are autocast, as everywhere.
 ZeRO: arXiv:1910.02054.
 """
 
@@ -71,7 +71,7 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             # DeepSpeed switches an autocast off that it was not told of; no gradient travels in bf16
             "torch_autocast": {
-                "enabled": train.precision == "bf16",
+                "enabled": train.precision != "fp32",
                 "dtype": "bfloat16",
                 "lower_precision_safe_modules": [],
             },

@@ -16,6 +16,7 @@ from moe.config import Recipe, parse_overrides
 from moe.config.parse import help_text
 from moe.data import TrainingData
 from moe.errors import ConfigError, MoEError
+from moe.layers.experts import multiply_in_fp8
 from moe.model import Transformer
 from moe.optim import build_optimizer
 from moe.parallel import ranks
@@ -31,6 +32,7 @@ from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import Stopped, StopRequest, leave
 from moe.trainer.start import Start, discard_later, find_start
+from moe_kernels.configs import FP8_CAPABILITY
 
 __all__ = ["exit_with", "main", "train"]
 
@@ -150,6 +152,8 @@ def _loop(
         host_memory.keep_freed()  # from here on: what the text took to read is given back
     torch.manual_seed(recipe.run.seed)
     model = Transformer(recipe.model).to(engine.device)
+    if recipe.train.precision == "fp8":
+        _use_fp8(recipe, model, engine.device)
     optimizer = build_optimizer(model, recipe.optim)
     state = {}
     if start.checkpoint:
@@ -163,6 +167,15 @@ def _loop(
         recipe, run, engine, model, optimizer, balancer, data, hooks, meter, tracking, stop,
         first_step=start.step, state=state,
     )  # fmt: skip
+
+
+def _use_fp8(recipe: Recipe, model: Transformer, device: torch.device) -> None:
+    """The one place that turns the experts' products to 8 bits; all else is what bf16 does."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        recipe.train.fail("precision", f"needs compute capability 8.9 or newer, and {device} has {found}; use bf16")
+    if not multiply_in_fp8(model):
+        ranks.say("train.precision=fp8 is for routed experts, and this model has none: it trains as with bf16")
 
 
 def _check_agreement(start: Start, engine: Engine) -> None:

@@ -51,7 +51,7 @@ class Telemetry:
         `efficiency/step_s` is the mean time of a step, and `efficiency/step_s/idle` of what lies between two: logging,
         and waiting for its numbers. The other `efficiency/step_s/COMPONENT` are of the one step that was split, when
         one was. `efficiency/mfu` is accounting's operations over the device's dense peak at the dtype of
-        `train.precision`, on devices whose peak is known (`moe.accounting.peaks`).
+        `train.precision`, bf16's under fp8, on devices whose peak is known (`moe.accounting.peaks`).
         """
         self.pause()
         steps = step - self._logged_step

@@ -30,7 +30,7 @@ RECIPE = Recipe(run=RunConfig(name="x"), model=MODEL)
         (["train.max_steps=1.5"], "train.max_steps=1.5 must be a whole number"),
         (["train.max_steps=0"], "train.max_steps=0 must be at least 1"),
         (["train.compile=maybe"], "train.compile=maybe must be true or false"),
-        (["train.precision=fp64"], "train.precision='fp64' must be one of 'fp32', 'bf16'"),
+        (["train.precision=fp64"], "train.precision='fp64' must be one of 'fp32', 'bf16', 'fp8'"),
         (["optim.lr=nan"], "optim.lr=nan must be a number"),
         (["energy.interval_s=5.5"], "energy.interval_s=5.5 must be at most 5"),
         (["optim.beta1=1"], "optim.beta1=1.0 must be below 1"),
