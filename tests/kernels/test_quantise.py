@@ -89,10 +89,10 @@ def test_columns(place: Any, top_k: int | None) -> None:
 
 def test_zero_and_the_smallest_values(place: Any) -> None:
     """A tile of zeros stays zero; gradients far below one keep all their bits, unlike with a least maximum of 1e-4."""
-    x = torch.zeros(3, 128, dtype=place.dtype, device=place.device)
-    x[1] = torch.linspace(-1, 1, 128).to(place.dtype)
+    x = torch.zeros(3, 128, device=place.device)
+    x[1] = torch.linspace(-1, 1, 128)
     x[2] = x[1] * 2.0**-20
-    q, scales = quantise_rows(x.float(), place.backend)
+    q, scales = quantise_rows(x, place.backend)
     assert not q[0].float().any()
     assert scales[0] > 0
     assert torch.equal(q[1].float(), q[2].float())
@@ -102,7 +102,7 @@ def test_zero_and_the_smallest_values(place: Any) -> None:
 @pytest.mark.interpreter
 def test_triton_gives_the_bits_of_torch() -> None:
     """All three, over values on and beside the ties between two numbers of E4M3 and down to its subnormals."""
-    x = torch.cat([torch.linspace(-448, 448, 3585), torch.logspace(-6, 2.6, 3584)]).view(7, -1)[:, :1000].contiguous()
+    x = torch.cat([torch.linspace(-448, 448, 3585)[1:], torch.logspace(-6, 2.6, 3416)]).view(7, 1000)
     x[:, :: TILE // 2] = 448
     tiles = schedule_tiles(torch.tensor([0, 3, 7], dtype=torch.int32), 7, TILE)
     for run in (
