@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,16 @@ from triton.runtime.jit import create_function_from_signature
 __all__ = ["WARPS", "Compiled", "compile_launch", "declared_partitions", "fits", "identity"]
 
 REGISTERS, WARPS, BLOCKS, SHARED_RESERVED = 65536, 64, 32, 1024  # of a multiprocessor; bytes reserved a block
-SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-PRODUCTS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "UTCQMMA": "tcgen05", "HMMA": "mma"}  # SASS -> unit
+SHARED_PER_PROCESSOR = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+# SASS -> unit
+PRODUCTS = {
+    "HGMMA": "wgmma",
+    "QGMMA": "wgmma fp8",
+    "UTCHMMA": "tcgen05",
+    "UTCQMMA": "tcgen05 fp8",
+    "HMMA": "mma",
+    "QMMA": "mma fp8",
+}
 
 
 class Compiled(NamedTuple):
@@ -33,6 +42,7 @@ class Compiled(NamedTuple):
     occupancy   resident warps over the most a multiprocessor can hold
     unit        that multiplies matrices: wgmma (sm_90), tcgen05 (sm_100), mma; empty when none does
     partitions  how many warp-specialised partitions the program has beside its main one
+    chained     8-bit wgmma instructions in a row that add to one another, each of 32 products; 0 when there is none
     """
 
     registers: int
@@ -42,6 +52,7 @@ class Compiled(NamedTuple):
     occupancy: float
     unit: str
     partitions: int
+    chained: int
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
@@ -61,7 +72,20 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     unit = next((name for word, name in PRODUCTS.items() if re.search(rf"\b{word}\b", sass)), "")
     partitions = len(set(re.findall(r"\bpartition(\d+)\(", compiled.asm["ttgir"])))
     shared = compiled.metadata.shared
-    return Compiled(registers, stack, shared, warps, _occupancy(arch, registers, shared, warps), unit, partitions)
+    occupancy = _occupancy(arch, registers, shared, warps)
+    return Compiled(registers, stack, shared, warps, occupancy, unit, partitions, _chained(sass))
+
+
+def _chained(sass: str) -> int:
+    """The longest run of 8-bit wgmma in the program's order of which only the first starts from zero (RZ).
+
+    A program whose first one starts from a register has a sum without an end: all of them count.
+    """
+    starts = ["RZ" in line for line in sass.splitlines() if re.search(r"\bQGMMA\b", line)]
+    if not starts or not starts[0]:
+        return len(starts)
+    firsts = [n for n, zero in enumerate(starts) if zero]
+    return max(b - a for a, b in pairwise([*firsts, len(starts)]))
 
 
 def identity(launch: Launch, arch: int) -> str:

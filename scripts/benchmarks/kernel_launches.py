@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from moe_kernels import backend
+from moe_kernels import backend, mlp_fp8  # noqa: F401  (an op is recorded that is there when recording begins)
 
 __all__ = ["DEVICES", "OPTIONS", "Glue", "Launch", "described", "record"]
 
-# (multiprocessors, shared memory a block may have) of A100, H200, B200
-DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
+# (multiprocessors, shared memory a block may have) of A100, L40S, H200, B200
+DEVICES = {80: (108, 163 * 1024), 89: (142, 99 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
