@@ -11,7 +11,8 @@ stops the run when it is wrong, a peer that is wrong or fails is named and left 
 
 `floor_fraction` is the share reached of a large bf16 product, or of a large copy, measured in the same rounds. With
 --energy every contender runs for ten seconds or S between two readings of the meter: joules a call. With --alternatives
-our own other configurations are the peers (`kernel_alternatives.py`).
+our own other configurations are the peers (`kernel_alternatives.py`). At DeepSeek-V3's shape our own 8-bit products are
+one of the peers: their ratio below 1 says how much faster than bf16 they are.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from typing import Any
 
 import torch
 from kernel_alternatives import alternatives
-from kernel_cases import CPU, GPU, ROUTINGS, Case, Inputs
-from kernel_peers import Contender, find_peers, grouped_mm_experts, ours, softmax_topk
+from kernel_cases import CPU, FP8, GPU, ROUTINGS, Case, Inputs
+from kernel_peers import Contender, find_peers, grouped_mm_experts, ours, ours_in_fp8, softmax_topk
 from measure import Times, hardware, note, paired_ratio, print_line, race
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class Bench:
             if against_ourselves
             else find_peers(self.inputs)
         )
+        if name in FP8 and not against_ourselves and (in_fp8 := ours_in_fp8(self.inputs, self.backend)):
+            others[f"{self.mine}, fp8"] = in_fp8
         self.contenders = {self.mine: mine, **others}
         side = PRODUCT_SIDE[device]
         square = torch.randn(side, side, device=device).to(case.dtype)
@@ -68,10 +71,10 @@ class Bench:
         """Values and gradients against the reference in fp32. Raises SystemExit when ours is wrong."""
         names = ("x", "gate_up", "down", "weight")
         leaves = {n: getattr(self.inputs, n).detach().float().requires_grad_() for n in names}
-        bound = BOUND[self.case.dtype]
         exact = self.inputs.but(case=self.case._replace(dtype=torch.float32, masters=False), **leaves)
         wanted = results(ours(exact, "torch"), self.inputs.dy.float())
         for name, contender in list(self.contenders.items()):
+            bound = contender.bound or BOUND[self.case.dtype]
             try:
                 found = results(contender, self.inputs.dy)
                 errors = [relative_error(w, f) for w, f in zip(wanted, found, strict=True)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_kernels import topk_route
 
-__all__ = ["CPU", "GPU", "ROUTINGS", "Case", "Inputs"]
+__all__ = ["CPU", "FP8", "GPU", "ROUTINGS", "Case", "Inputs"]
 
 ROUTINGS = {"balanced": 0.0, "skewed": 0.5}  # standard deviation of the experts' log-popularity
 
@@ -74,6 +74,7 @@ GPU = {
     "olmoe": Case(8192, 2048, 1024, 64, 8),
 }
 GPU["qwen3-30b-masters"] = GPU["qwen3-30b"]._replace(masters=True)
+FP8 = {"deepseek-v3-rank"}  # also measured with 8-bit products
 CPU = {
     "tiny-fp32": Case(256, 64, 32, 16, 4, torch.float32),
     "tiny-bf16": Case(256, 64, 32, 16, 4, torch.bfloat16),

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
 from moe_kernels import expert_mlp
+from moe_kernels.configs import FP8_CAPABILITY, capability_of
 
-__all__ = ["Contender", "find_peers", "grouped_mm_experts", "ours", "softmax_topk"]
+__all__ = ["Contender", "find_peers", "grouped_mm_experts", "ours", "ours_in_fp8", "softmax_topk"]
 
 PEERS = Path(__file__).resolve().parents[2] / "peers"
 LARGEST_COPY_BYTES = 16 * 2**30  # batched_mm copies a weight for every row
@@ -33,12 +34,14 @@ class Contender(NamedTuple):
     leaves    what gradients are taken in: x, gate_up, down, weight, as the contender stores them
     as_ours   its gradient of gate_up in our layout, gate rows first
     within    what to be within while it runs, forward and backward
+    bound     of its error, where that of the dtype does not hold
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     as_ours: Callable[[Tensor], Tensor] = lambda gradient: gradient
     within: Callable[[], AbstractContextManager[object]] = nullcontext
+    bound: float | None = None
 
 
 def ours(inputs: Inputs, backend: str) -> Contender:
@@ -50,6 +53,22 @@ def ours(inputs: Inputs, backend: str) -> Contender:
             return expert_mlp(i.x, i.gate_up, i.down, i.index, i.weight, tokens_per_expert=i.counts, backend=backend)
 
     return Contender(run, i.leaves)
+
+
+def ours_in_fp8(inputs: Inputs, backend: str) -> Contender | None:
+    """The same with 8-bit products; None, and a sentence, where the device has none."""
+    i, device = inputs, torch.device(inputs.device)
+    if capability_of(device) < FP8_CAPABILITY:
+        note(f"fp8 is left out: it needs compute capability 8.9, and {device} has {capability_of(device)}")
+        return None
+
+    def run() -> Tensor:
+        with torch.autocast(i.device, torch.bfloat16):
+            return expert_mlp(
+                i.x, i.gate_up, i.down, i.index, i.weight, tokens_per_expert=i.counts, fp8=True, backend=backend
+            )
+
+    return Contender(run, i.leaves, bound=0.15)
 
 
 def softmax_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
