@@ -1,0 +1,76 @@
+"""What 8-bit products cost in loss: the quickstart trained in bf16 and in fp8 from the same seeds, and compared.
+
+    python scripts/benchmarks/fp8_loss.py [--steps N] [--seeds S …] [--out DIR] [section.field=value …]
+
+Both see the same batches from the same weights. Runs that are complete are not repeated, so it can be cut into pieces.
+Prints a table in Markdown: the last evaluation's loss, the gap of each seed and its mean, and how far seeds lie apart.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from moe.config import Recipe, parse_overrides
+from moe.rundir import RunDir, read_metrics
+from moe.trainer import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+
+PRECISIONS = ("bf16", "fp8")
+
+
+def final_loss(recipe: Recipe) -> float:
+    """Train unless that was done; the loss over the validation set after the last step."""
+    run = RunDir.named(recipe.run.name, recipe.run.directory)
+
+    def losses() -> list[float]:
+        if not run.metrics.is_file():
+            return []
+        rows = [row for row in read_metrics(run.metrics) if row["train/step"] == recipe.train.max_steps]
+        return [row["eval/loss"] for row in rows if "eval/loss" in row]
+
+    if not losses():
+        train(recipe)
+    return losses()[-1]
+
+
+def table(found: dict[int, dict[str, float]]) -> str:
+    """Losses by seed and precision, as the record has them."""
+    lines = ["| seed | bf16 | fp8 | gap |", "|---|---:|---:|---:|"]
+    gaps = []
+    for seed, loss in found.items():
+        gaps.append(loss["fp8"] / loss["bf16"] - 1)
+        lines.append(f"| {seed} | {loss['bf16']:.4f} | {loss['fp8']:.4f} | {gaps[-1]:+.2%} |")
+    means = [statistics.mean(loss[precision] for loss in found.values()) for precision in PRECISIONS]
+    lines.append(f"| mean | {means[0]:.4f} | {means[1]:.4f} | {statistics.mean(gaps):+.2%} |")
+    plain = [loss["bf16"] for loss in found.values()]
+    lines.append(f"\nSeeds in bf16 lie {(max(plain) - min(plain)) / means[0]:.2%} apart.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    from quickstart_moe import RECIPE
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", default="runs/fp8-loss", help="folder for the runs")
+    parser.add_argument("words", nargs="*", metavar="section.field=value")
+    options = parser.parse_args()
+    found = {}
+    for seed in options.seeds:
+        words = [f"run.seed={seed}", f"run.directory={options.out}", f"train.max_steps={options.steps}"]
+        words += ["train.eval_every_tokens=100000000", *options.words]
+        found[seed] = {
+            precision: final_loss(
+                parse_overrides(RECIPE, [*words, f"run.name=seed{seed}-{precision}", f"train.precision={precision}"])
+            )
+            for precision in PRECISIONS
+        }
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
