@@ -124,12 +124,11 @@ def registered_checks() -> list[Check]:
 
 def _self_check(device: torch.device, op: str | None, dtype: torch.dtype | None) -> None:
     here = (torch.cuda.get_device_name(device), _triton.VERSION, torch.__version__)
-    checks = registered_checks() if op is None else [_checks[op]]
+    checks = [_checks[op]] if op else [c for c in registered_checks() if c.capability <= capability_of(device)]
     with _checking:  # other threads wait for the verdict
         missing = [
             (check, tested)
             for check in checks
-            if check.capability <= capability_of(device)
             for tested in check.tolerance
             if dtype in (None, tested) and (check.op, tested, *here) not in _passed
         ]
