@@ -1,7 +1,8 @@
 """A full training step on a CPU: ours against transformers' DeepSeek-V3, and against our own dense twin.
 
 Losses of the same weights must agree before anything is timed. All sides then train in turn, each in a process of its
-own, every round on a fresh batch that all of them share; numbers are medians over the rounds, on two threads. Cases:
+own, every round on a fresh batch that all of them share, two steps of which the second is timed; numbers are medians
+over the rounds, on two threads. Cases:
 
     fp32      both sides fp32, with the same head and loss, each with its trainer's memory: ours keeps what is freed.
               fp32-alike: transformers keeps it too; fp32-shipped: transformers with its own head and loss
@@ -102,7 +103,7 @@ class Bench:
         seeds = itertools.count(1)
         seed = [0]
         work = {name: lambda side=side: side(seed[0]) for name, side in sides.items()}
-        return race(work, "cpu", self.rounds, fresh=lambda: seed.__setitem__(0, next(seeds)))
+        return race(work, "cpu", self.rounds, fresh=lambda: seed.__setitem__(0, next(seeds)), lead=1)
 
     def _median_s(self, name: str) -> float:
         return statistics.median(self.times[name]) / 1e3
