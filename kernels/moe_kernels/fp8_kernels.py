@@ -10,7 +10,7 @@ bits, never add more than 128 products (DeepSeek-V3, arXiv:2412.19437 §3.3.2). 
 from ._triton import tl, triton
 from .grouped_kernels import rows_operand, rows_tile, weight_operand, weight_tile
 from .mlp_kernels import columns_backward
-from .quantise import quantised
+from .quantise import largest_of, quantised
 from .tiles import side_by_side, tile_of
 
 __all__ = ["fp8_product_kernel", "fp8_wgrad_kernel", "swiglu_quantise_kernel", "swiglu_rows_backward_kernel"]
@@ -153,7 +153,7 @@ def swiglu_quantise_kernel(
     weight = tl.load(p_weight + tl.load(p_order + o_row, mask=m_row, other=0), mask=m_row, other=0.0)
     a = gate / (1.0 + tl.exp(-gate)) * up * weight[:, None]
     a = a.to(p_h.dtype.element_ty).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(a), 1), 448.0 * 2.0**-126)
+    largest = largest_of(a, 1)
     tl.store(
         p_q + row[:, None] * (n_blocks * BK) + o_f[None, :], quantised(a, largest[:, None], ROUND), mask=m_row[:, None]
     )

@@ -116,7 +116,9 @@ def _check(
 
 def _check_fp8(x: Tensor, weighting: str, backend: str | None) -> None:
     if x.dtype != torch.bfloat16:
-        raise KernelError(f"fp8=True computes around its products in bfloat16, not {x.dtype}: run under torch.autocast")
+        raise KernelError(
+            f"fp8=True computes around its products in bfloat16, not {x.dtype}: run under torch.autocast in it"
+        )
     if weighting != "after":
         raise KernelError(f"fp8=True takes weighting='after' only, not {weighting!r}: use that, or fp8=False")
     if x.is_cuda and backend != "torch" and capability_of(x.device) < FP8_CAPABILITY:

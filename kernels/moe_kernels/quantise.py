@@ -55,7 +55,7 @@ class Quantised(NamedTuple):
 def _quantise_torch(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     """(q, scale) of fp32 x, a tile being all of `dims`, which the scale keeps with size 1."""
     largest = x.abs().amax(dims, keepdim=True).clamp(min=SMALLEST * LARGEST)
-    return (x * (LARGEST / largest)).to(torch.float8_e4m3fn), largest / LARGEST
+    return (x * torch.full_like(largest, LARGEST).div_(largest)).to(torch.float8_e4m3fn), largest / LARGEST
 
 
 def _rows_torch(x: Tensor) -> Quantised:
@@ -100,6 +100,14 @@ def _filled(x: Tensor, *dims: int) -> Tensor:
 
 
 @triton.jit
+def largest_of(x, AXIS: tl.constexpr):
+    """The largest magnitude of fp32 x along AXIS, or of all for None; NaN where there is one, as in torch: it is the
+    largest as an integer, while a maximum of floats leaves it out. At least 448 * 2**-126, whose scale is normal."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS)
+    return tl.maximum(bits, 0x04E00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quantised(x, largest, ROUND: tl.constexpr):
     """x over its scale in E4M3. ROUND: by hand first, to nearest even, for Triton's interpreter gets it wrong."""
     scaled = x * tl.div_rn(448.0, largest)
@@ -135,7 +143,7 @@ def quantise_rows_kernel(
     row = o_row.to(tl.int64)
     x = tl.load(p_x + row[:, None] * width + o_col[None, :], mask=m_row[:, None] & (o_col < width)[None, :], other=0.0)
     x = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), 1), 448.0 * 2.0**-126)
+    largest = largest_of(x, 1)
     q = quantised(x, largest[:, None], ROUND)
     tl.store(p_q + row[:, None] * (n_blocks * BK) + o_col[None, :], q, mask=m_row[:, None])
     tl.store(p_scale + row * n_blocks + block, tl.div_rn(largest, 448.0), mask=m_row)
@@ -155,7 +163,7 @@ def quantise_weight_kernel(
     m_in = (o_in < n_in)[None, :]
     p_wt = p_w + (expert * n_out + o_out[:, None]) * n_in + o_in[None, :]
     w = tl.load(p_wt, mask=m_out & m_in, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(w), 1), 0), 448.0 * 2.0**-126)
+    largest = largest_of(w, None)
     q = quantised(w, largest, ROUND)
     n_out_blocks = tl.cdiv(n_out, BK)
     block = expert * n_out_blocks * n_in_blocks
@@ -200,7 +208,7 @@ def quantise_columns_kernel(
         m_col = o_col < width
         p_xt = p_x + o_row.to(tl.int64)[:, None] * width + o_col[None, :]
         x = tl.load(p_xt, mask=m_row[:, None] & m_col[None, :], other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(x), 0), 448.0 * 2.0**-126)
+        largest = largest_of(x, 0)
         q = quantised(x, largest[None, :], ROUND)
         o_q = tile * BK + tl.arange(0, BK)
         tl.store(p_q + o_col.to(tl.int64)[:, None] * n_rows + o_q[None, :], q.T, mask=m_col[:, None])

@@ -168,4 +168,4 @@ def _size(file: Path) -> int:
 
 
 def _changed(file: Path, what: str) -> DataError:
-    return DataError(f"data.source: {file} {what}; restore it, or prepare the folder again")
+    return DataError(f"data.source: {file} {what}; restore it, or delete its folder and have it made again")

@@ -84,7 +84,7 @@ def _rare_reads(files: Sequence[FileFold]) -> list[str]:
                     known[1] += line.track.covered_ns
     means_s = {uuid: covered_ns / num / 1e9 for uuid, (num, covered_ns) in intervals.items() if num}
     return [
-        f"{uuid}: its power was read every {mean_s:.1f} s, for reads cost too much; the band holds what that missed"
+        f"{uuid}: its power was read every {mean_s:.1f} s, being dear or slow to read; the band holds what that missed"
         for uuid, mean_s in means_s.items()
         if seen_of(mean_s, seen=1.0) < 1.0
     ]

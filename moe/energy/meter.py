@@ -20,7 +20,7 @@ from moe.energy.phases import PhaseClock
 from moe.energy.reader import Reader
 from moe.energy.sources import Source, is_measured, node_counter, select_sources
 from moe.energy.sources.base import ESTIMATES, Device
-from moe.energy.sources.integral import READ_EVERY_S
+from moe.energy.sources.integral import MAX_STEP_S, READ_EVERY_S
 from moe.energy.totals import LedgerPosition, Totals
 from moe.energy.window import Window
 from moe.errors import ConfigError, LedgerError, SensorError
@@ -133,7 +133,8 @@ class EnergyMeter:
             self._start_ns, _startup_claimed = self._device_time_start_ns(prior), True
         self._phases = PhaseClock(self._start_ns, long_s=self._interval_s)
         self._journal = Journal(self._writer, self._phases, self._interval_s, self._flush_s)
-        longest_s = max(self._interval_s, self._flush_s - 2 * self._interval_s)  # a reading is written in time
+        # a reading is written in time, and power is read before it says nothing of the time between
+        longest_s = max(self._interval_s, min(self._flush_s, MAX_STEP_S) - 2 * self._interval_s)
         self._reader = Reader(self._sources, self._interval_s, longest_s, self._journal.add, self._node)
         self._write_header()
         self._phases.cut()

@@ -20,7 +20,8 @@ class DeviceTrack:
 
     What was not seen is judged by how far the reads differ. An interval's mean power is that of two reads of variance
     v; from one interval to the next it changes by v / 2 in the mean square; n reads, dt apart, sum up to an energy of
-    variance n v dt^2. True for loads that do not repeat in step with the reads.
+    variance n v dt^2. True for loads that do not repeat in step with the reads. For means over a second, which are one
+    read an interval, it is up to twice the error.
     """
 
     def __init__(self, source: str, seen: float = 1.0) -> None:

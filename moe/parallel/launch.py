@@ -54,7 +54,8 @@ def _asked(variable: str) -> bool:
 
 def _check_precision(train: TrainConfig) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", train.precision):
+    # "fp8" is never the recipe's: accelerate means another library's layers by it
+    if asked == "fp8" or asked not in ("no", train.precision):
         train.fail(
             "precision", f"contradicts accelerate's --mixed_precision {asked}; drop that flag, train.precision decides"
         )

@@ -88,12 +88,13 @@ def barrier() -> None:
 
 
 def patient_barrier() -> Callable[[], None]:
-    """A barrier to wait at once, for up to a week. Every rank must make it; `barrier` itself ends a run in minutes.
+    """A barrier to use once, which waits for up to a week; `barrier` itself ends a run in minutes. Every rank makes it.
 
-    What it returns raises RuntimeError when a rank has left.
+    Both this and what it returns raise RuntimeError when a rank has left.
     """
     if world_size() == 1:
         return lambda: None
+    barrier()  # all are here: making a group is deaf to signals and as patient as the group, so it must wait for nobody
     group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
 
     def wait() -> None:  # by a sum on the CPU: a barrier of gloo's takes place on the device that NCCL is bound to

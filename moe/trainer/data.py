@@ -31,6 +31,7 @@ from moe.trainer.signals import interruptible
 __all__ = ["load_run_data"]
 
 _MAKING = ".making_"  # how folders begin in which something is made aside
+_LEFT = "another rank left while the run's text was made ready; what it met stands above, or on its node"
 
 
 def load_run_data(recipe: Recipe, run: RunDir, hooks: Hooks, *, trained: bool) -> TrainingData:
@@ -66,13 +67,16 @@ def _checked(own: TrainingData, recipe: Recipe) -> TrainingData:
 
 def _from_sources(recipe: Recipe, run: RunDir, sampling: Sampling, *, trained: bool) -> TrainingData:
     sources = open_sources(recipe.data)
-    wait_for_first = ranks.patient_barrier()
+    try:
+        wait_for_first = ranks.patient_barrier()
+    except RuntimeError:
+        raise DataError(_LEFT) from None
     if ranks.is_first():
         _make(sources, recipe, run, trained=trained)
     try:
         interruptible(wait_for_first)
     except RuntimeError:
-        raise DataError("the first rank has left, and nobody makes the tokens this one waits for") from None
+        raise DataError(_LEFT) from None
 
     def load() -> TrainingData:
         encoder = open_encoder(run.tokenizer, recipe.model.vocab_size)
@@ -97,6 +101,9 @@ def _make(sources: Sequence[Source | PreparedFolder], recipe: Recipe, run: RunDi
         encoder = open_encoder(run.tokenizer, recipe.model.vocab_size)
         for source, place in own_texts(sources, recipe.data, run.tokens):
             _make_tokens(source, encoder, place, Path(folder, place.name))
+    wanted = {place for _, place in own_texts(sources, recipe.data, run.tokens)}
+    for left in set(run.tokens.glob("*")) - wanted:  # by a start from other sources, before anything was trained
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _make_tokens(source: Source, encoder: DocumentEncoder, place: Path, aside: Path) -> None:
@@ -110,7 +117,7 @@ def _make_tokens(source: Source, encoder: DocumentEncoder, place: Path, aside: P
     except OSError as error:
         raise DataError(
             f"the tokens of data.source={source.name!r} cannot be written to {place} ({error.strerror}); they take two "
-            "to four bytes each: make room, and the same command goes on"
+            "to four bytes each: mend that, or make room, and the same command goes on"
         ) from None
 
 

@@ -32,11 +32,12 @@ from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import Stopped, StopRequest, leave
 from moe.trainer.start import Start, discard_later, find_start
-from moe_kernels.configs import FP8_CAPABILITY
+from moe_kernels.configs import FP8_CAPABILITY, capability_of
 
 __all__ = ["exit_with", "main", "train"]
 
 _FIRST_SPEAKS_S = 5.0  # torchrun looks at its processes ten times a second, and ends all when one has failed
+_SEEN_WITHIN_S = 90.0  # NFS may call a folder missing for a minute that was looked for before it was made
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -78,6 +79,7 @@ def train(recipe: Recipe, *, hooks: Hooks | None = None) -> Outcome:
         closing.callback(stop.restore)
         engine = start_engine(recipe)
         closing.callback(engine.close)
+        _check_fp8(recipe, engine.device)
         memory.check(recipe, recipe.train.micro_batch(engine.ranks), engine.device, engine.ranks)
         try:
             outcome = _segment(recipe, run, engine, hooks, stop)
@@ -149,11 +151,11 @@ def _loop(
 ) -> Loop:
     """Model, optimizer and balancer, new or as the checkpoint left them."""
     if engine.device.type == "cpu":
-        host_memory.keep_freed()  # from here on: what the text took to read is given back
+        host_memory.keep_freed()  # from here on: what reading the text took was given back
     torch.manual_seed(recipe.run.seed)
     model = Transformer(recipe.model).to(engine.device)
-    if recipe.train.precision == "fp8":
-        _use_fp8(recipe, model, engine.device)
+    if recipe.train.precision == "fp8" and not multiply_in_fp8(model):  # the one place that turns it on
+        ranks.say("train.precision=fp8 is for routed experts, and this model has none: it trains as with bf16")
     optimizer = build_optimizer(model, recipe.optim)
     state = {}
     if start.checkpoint:
@@ -169,13 +171,11 @@ def _loop(
     )  # fmt: skip
 
 
-def _use_fp8(recipe: Recipe, model: Transformer, device: torch.device) -> None:
-    """The one place that turns the experts' products to 8 bits; all else is what bf16 does."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+def _check_fp8(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what the device has no instructions for, before any text is read."""
+    if recipe.train.precision == "fp8" and recipe.model.is_moe and capability_of(device) < FP8_CAPABILITY:
+        found = ".".join(map(str, capability_of(device)))
         recipe.train.fail("precision", f"needs compute capability 8.9 or newer, and {device} has {found}; use bf16")
-    if not multiply_in_fp8(model):
-        ranks.say("train.precision=fp8 is for routed experts, and this model has none: it trains as with bf16")
 
 
 def _check_agreement(start: Start, engine: Engine) -> None:
@@ -189,7 +189,10 @@ def _check_agreement(start: Start, engine: Engine) -> None:
 
 def _check_shared(run: RunDir, engine: Engine) -> None:
     """Every rank must see the run directory: it reads tokens there that the first rank makes."""
-    seen = ranks.gather_texts("yes" if run.checkpoints.is_dir() else "no", engine.device)
+    until = time.monotonic() + _SEEN_WITHIN_S
+    while not (sees := run.checkpoints.is_dir()) and time.monotonic() < until:
+        time.sleep(0.5)
+    seen = ranks.gather_texts("yes" if sees else "no", engine.device)
     if "no" in seen:
         raise ConfigError(
             f"rank {seen.index('no')} does not see the run directory {run.root}, which the first has made; "

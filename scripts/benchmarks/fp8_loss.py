@@ -1,6 +1,6 @@
 """What 8-bit products cost in loss: the quickstart trained in bf16 and in fp8 from the same seeds, and compared.
 
-    python scripts/benchmarks/fp8_loss.py [--steps N] [--seeds S …] [--out DIR] [section.field=value …]
+    python scripts/benchmarks/fp8_loss.py [section.field=value …] [--steps N] [--seeds S …] [--out DIR]
 
 Both see the same batches from the same weights. Runs that are complete are not repeated, so it can be cut into pieces.
 Prints a table in Markdown: the last evaluation's loss, the gap of each seed and its mean, and how far seeds lie apart.

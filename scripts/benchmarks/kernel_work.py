@@ -140,6 +140,8 @@ WORK: dict[str, Work] = {
     "odd": _layer(Case(1001, 1002, 345, 12, 3)),
     "64-rows-an-expert": _layer(Case(1024, 2048, 768, 128, 8)),
     "4-rows-an-expert": _layer(_SMALL),
+    "fp32/4-rows-an-expert": _layer(Case(64, 1024, 512, 64, 4, torch.float32)),
+    "odd/4-rows-an-expert": _layer(Case(64, 1002, 345, 64, 4)),
     "transposed": _layer(_QWEN3, transposed=True),
     "alternative-plain": _within("plain", _layer(_QWEN3)),
     "weighting-before": _layer(_QWEN3, weighting="before"),
@@ -158,6 +160,7 @@ WORK: dict[str, Work] = {
     "gemm-fp32": _gemm(torch.float32, 65536, 2048, 1024),
     "gemm": _gemm(torch.bfloat16, 65536, 2048, 1024),
     "gemm/64-rows-an-expert": _gemm(torch.bfloat16, 4096, 2048, 1024),
+    "gemm/4-rows-an-expert": _gemm(torch.bfloat16, 256, 2048, 1024),
 }
 
 # One architecture is enough for the rest, which has other numbers in the same configurations: compiling takes time.

@@ -119,7 +119,7 @@ class Verdicts:
             most_mw = max(self.gpu.power1_mw, self.gpu.power2_mw)
             whole = whole and lost_mj[-1] >= part.energy_mj - round(part.other_work_s * most_mw)
         self.holds["of work since the last checkpoint nothing is told as training, to the millijoule"] = exact
-        self.holds["that work is told as lost, but for the time of evaluations and of the start"] = whole and any(
+        self.holds["that work is told as lost, but for the time of evaluations and of the start"] = whole and all(
             lost_mj
         )
         self.numbers |= {

@@ -178,7 +178,7 @@ def test_the_band_holds_what_means_over_a_second_missed_that_were_read_rarely(pa
         outside += abs(fold.total.energy_j - sum(powers_w) / 10) > fold.total.band_j + 0.001
         assert (fold.total.band_j > 0) == (apart_s > 1)
     assert outside <= 1
-    rare = f"{A}: its power was read every {apart_s:.1f} s, for reads cost too much; the band holds what that missed"
+    rare = f"{A}: its power was read every {apart_s:.1f} s, being dear or slow to read; the band holds what that missed"
     assert notes == ({rare} if apart_s > 1 else set())
 
 

@@ -17,6 +17,7 @@ import pytest
 from moe.energy import EnergyMeter, fold_ledgers, read_ledger
 from moe.energy.ledger import LedgerWriter
 from moe.energy.sources.base import Device
+from moe.energy.sources.integral import PowerIntegral
 from moe.errors import LedgerError
 
 
@@ -161,6 +162,39 @@ def test_a_slow_driver_does_not_make_the_flush_late(tmp_path, monkeypatch, kind)
         time.sleep(6.0)
     assert source.reads <= 12  # every 0.9 s, and at both ends
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 1.5
+
+
+def test_power_is_read_before_it_says_nothing_however_long_a_flush_may_wait(tmp_path, monkeypatch):
+    """Reads too dear to be made each interval; power may still not be read as rarely as lines are written."""
+    monkeypatch.setattr("moe.energy.reader.PROMPT_S", 0.1)
+    monkeypatch.setattr("moe.energy.reader.SHARE", 1e-9)
+    for file in ("meter", "sources.integral"):
+        monkeypatch.setattr(f"moe.energy.{file}.MAX_STEP_S", 1.0)
+    source = SteadyPower()
+    with EnergyMeter(tmp_path / "ledger.jsonl", sources=[source], interval_s=0.3, flush_s=30):
+        time.sleep(3.0)
+    assert not source.failures
+    assert fold_ledgers([tmp_path / "ledger.jsonl"]).total.energy_j > 280
+
+
+class SteadyPower:
+    """A sensor that tells 100 W."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+        self.devices = (
+            Device(uuid="X", name="steady", kind="gpu", source="integrated", scope="gpu", band=0.05, tick_s=1.0),
+        )
+        self._integral = PowerIntegral(trailing=True)
+
+    def read(self) -> dict[str, int | None]:
+        try:
+            return {"X": self._integral.add(100_000.0)}
+        except ValueError as error:
+            self.failures["X"] = str(error)
+            return {"X": None}
+
+    def close(self) -> None: ...
 
 
 class SlowSource:

@@ -38,7 +38,7 @@ def stands_for(x: Tensor, height: int, width: int) -> Tensor:
         for j in range(0, x.shape[1], width):
             tile = x[i : i + height, j : j + width].float()
             largest = tile.abs().max().clamp(min=1e-30)
-            q = (tile * (448 / largest)).to(torch.float8_e4m3fn)
+            q = (tile * (torch.tensor(448.0) / largest)).to(torch.float8_e4m3fn)  # 448 / tensor would round twice
             found[i : i + height, j : j + width] = q.double() * (largest / 448).double()
     return found
 
@@ -125,6 +125,28 @@ def test_all_tokens_on_one_expert(place: Any) -> None:
 def test_null_experts_add_nothing(place: Any, index: list[list[int]]) -> None:
     """Choices from 3 on are of no expert, and nobody writes their rows."""
     check(place, torch.tensor(index), 33, 8, 3, null_experts=2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned_memory")
+def test_kernels_of_older_devices(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability 8.9 has no TMA: both operands come through pointers, in smaller tiles."""
+    monkeypatch.setattr("moe_kernels.fp8_gemm.capability_of", lambda device: (8, 9))
+    check(place, torch.rand(150, 4).argsort(-1)[:, :2], 140, 72, 3, null_experts=1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", range(5), ids=["x", "gate_up", "down", "weight", "dy"])
+def test_what_is_not_finite_is_not_hidden(place: Any, where: int, value: float) -> None:
+    """The trainer sees a broken step by its loss or its gradients' norm: no maximum leaves NaN out."""
+    index = torch.rand(12, 3).argsort(-1)[:, :2]
+    leaves, dy = problem(place, index, 40, 24, 3)
+    given = [*(t.detach().clone() for t in leaves), dy]
+    given[where].view(-1)[0] = value
+    y, *gradients = run(place, [t.requires_grad_() for t in given[:4]], index, given[4])
+    seen = [y] if where < 4 else gradients
+    assert all(not t.isfinite().all() for t in seen)
 
 
 def test_no_tokens(place: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_kernels.fp8_gemm import swiglu_quantised
 from moe_kernels.quantise import TILE, quantise_columns, quantise_rows, quantise_weight
 from moe_kernels.tiles import TileSchedule, schedule_tiles, schedule_tiles_torch
 
@@ -115,6 +116,24 @@ def test_triton_gives_the_bits_of_torch() -> None:
         assert torch.equal(q[:, :256].view(torch.uint8), mine[:, :256].view(torch.uint8))
     exact = torch.arange(-448, 449, 32.0).repeat_interleave(3)[:64]
     assert torch.equal(quantise_rows(exact[None], "triton").values[0, :64].float(), exact)
+
+
+@pytest.mark.interpreter
+def test_ties_of_a_tile_whose_scale_is_no_power_of_two() -> None:
+    """448 over 49 must be rounded once, as Triton does: twice rounded, values beside ties fall on the other side."""
+    x = torch.tensor([[49.0, *((n + 0.5) * 16 * 49 / 448 for n in range(8, 15))]])
+    want, got = (quantise_rows(x, backend).values.float()[0, :8].tolist() for backend in ("torch", "triton"))
+    assert want == got
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_activated_rows_are_filled_up_with_zeros(place: Any) -> None:
+    """A product multiplies what fills the last tile. Read here, for Triton's interpreter takes 8-bit NaN for 480."""
+    h, weight = torch.randn(37, 144).to(place.dtype).to(place.device), torch.rand(37, device=place.device)
+    order = torch.arange(37, dtype=torch.int32, device=place.device)
+    end = torch.tensor([37], dtype=torch.int32, device=place.device)
+    q, _ = swiglu_quantised(h, order, weight, end, place.backend)
+    assert not q[:, 72:].float().any()
 
 
 @pytest.mark.interpreter

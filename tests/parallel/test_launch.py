@@ -33,6 +33,7 @@ def recipe(**train: Any) -> Recipe:
         (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "sets gradient_clipping=0.5"),
         (ZERO | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "sets gradient_accumulation_steps=4"),
         (ZERO | {"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "train.precision='fp32' contradicts .* bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {"precision": "fp8"}, "contradicts .* fp8; drop that flag"),
         (ZERO, {"compile": True}, "train.compile=True does not work under DeepSpeed"),
         (ZERO, {"optimizer": "muon"}, "optim.name='muon' needs whole matrices and ZeRO cuts them up"),
         (

@@ -15,7 +15,7 @@ from moe.layers import Experts, MoE
 from moe.layers.experts import multiply_in_fp8
 from moe.rundir import RunDir, read_metrics
 from moe.trainer import train
-from moe.trainer.entry import _use_fp8
+from moe.trainer.entry import _check_fp8
 
 from .tiny_recipe import RECIPE
 
@@ -82,10 +82,11 @@ def test_a_dense_model_says_that_it_trains_as_bf16(recipe: Recipe, capfd: pytest
 
 
 def test_a_device_without_it_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence that names the field, before a step is made."""
+    """One sentence that names the field; a model without routed experts needs no 8 bits."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match=r"train.precision='fp8' needs .* 8.9 or newer, and cuda has 8.0"):
-        _use_fp8(recipe, torch.nn.Module(), torch.device("cuda"))  # type: ignore[arg-type]
+        _check_fp8(recipe, torch.device("cuda"))
+    _check_fp8(dataclasses.replace(recipe, model=recipe.model.dense_twin(match="active")), torch.device("cuda"))
 
 
 def test_layers_choose(recipe: Recipe) -> None:

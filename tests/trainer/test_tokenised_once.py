@@ -97,7 +97,7 @@ def test_a_full_disk(place: Place, straight: RunDir) -> None:
     assert done.returncode != 0
     sentence = (
         "error: the tokens of data.source='rows.jsonl' cannot be written to runs/full/tokens/0 (File too large); they "
-        "take two to four bytes each: make room, and the same command goes on"
+        "take two to four bytes each: mend that, or make room, and the same command goes on"
     )
     assert done.stderr.count("error: ") == done.stderr.count(sentence) == 1
     assert "gloo" not in done.stderr
