@@ -53,7 +53,7 @@ def gpu_check(*words: str, **variables: str) -> subprocess.CompletedProcess[str]
     """The command as a user gives it, on a machine whose GPUs are hidden."""
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [str(ROOT / "scripts" / "gpu_check"), *words]
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -235,7 +235,7 @@ def test_a_stepped_clock_moves_dates_and_nothing_else(tmp_path, monkeypatch):
     """The time of day falls back by an hour within a segment and by a day before the next: durations do not notice."""
     path = tmp_path / "ledger.jsonl"
     today, hours_back = datetime.now(UTC), iter([0, 0, *[1] * 1000])
-    for module in ("ledger", "meter"):
+    for module in ("ledger", "journal"):
         monkeypatch.setattr(
             f"moe.energy.{module}.utc_now",
             lambda: (today - timedelta(hours=next(hours_back))).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
