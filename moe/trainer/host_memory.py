@@ -13,7 +13,7 @@ def keep_freed() -> None:
     """Have glibc's malloc give no memory back to the system; without effect where there is another malloc.
 
     A step frees what it allocated, and the next one wants as much again. Left to itself malloc unmaps every large
-    tensor, and the system then hands out its pages anew one by one, each cleared first: an eighth of a step on two
+    tensor, and the system then hands out its pages anew one by one, each cleared first: 15 % of a step on two
     cores. The process keeps as much as it has once needed, which the next step needs again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
