@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._triton import INTERPRETED, VERSION
-from .configs import few_programs
+from .configs import capability_of, few_programs
 from .errors import KernelError
 from .launching import compile_ahead
 
@@ -87,6 +87,10 @@ class Check(NamedTuple):
     probe: Probe
     tolerance: Mapping[torch.dtype, float] = _TOLERANCE  # of each dtype it computes in; integers must be equal
     capability: tuple[int, int] = (0, 0)  # the least that has what the op needs; below it the op refuses to run
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Has the device what the op needs?"""
+        return capability_of(device) >= self.capability
 
     def run(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise KernelError if Triton disagrees in `dtype` with the torch reference on this device."""

@@ -28,7 +28,6 @@ import torch
 
 from . import _triton
 from .agreement import Check
-from .configs import capability_of
 from .errors import KernelError
 
 __all__ = ["register_check", "registered_checks", "resolve"]
@@ -124,7 +123,7 @@ def registered_checks() -> list[Check]:
 
 def _self_check(device: torch.device, op: str | None, dtype: torch.dtype | None) -> None:
     here = (torch.cuda.get_device_name(device), _triton.VERSION, torch.__version__)
-    checks = [_checks[op]] if op else [c for c in registered_checks() if c.capability <= capability_of(device)]
+    checks = [_checks[op]] if op else [c for c in registered_checks() if c.runs_on(device)]
     with _checking:  # other threads wait for the verdict
         missing = [
             (check, tested)
@@ -133,7 +132,7 @@ def _self_check(device: torch.device, op: str | None, dtype: torch.dtype | None)
             if dtype in (None, tested) and (check.op, tested, *here) not in _passed
         ]
         if missing:
-            _say_once(f"checking the Triton kernels on {here[0]}: up to a minute where they were never compiled")
+            _say_once(f"checking the Triton kernels on {here[0]}: may take a minute where they were never compiled")
         for check, tested in missing:
             check.run(device, tested)
             _passed.add((check.op, tested, *here))

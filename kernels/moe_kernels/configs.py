@@ -34,6 +34,7 @@ __all__ = [
     "config_for",
     "families",
     "few_programs",
+    "lacks_fp8",
     "n_programs",
     "row_block",
 ]
@@ -169,6 +170,14 @@ _TMA_PLACES = {9: ["hopper", "tma"], 10: ["blackwell", "tma"]}  # by the major n
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability; Triton's interpreter on a CPU passes for an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def lacks_fp8(device: torch.device) -> str | None:
+    """What the device lacks for products in 8 bits, to end a sentence with; None when it has them."""
+    found = capability_of(device)
+    if found >= FP8_CAPABILITY:
+        return None
+    return f"needs compute capability 8.9 or newer, and {device} has {found[0]}.{found[1]}"
 
 
 _FEW = 3  # multiprocessors: some programs with several tiles, and not all with as many

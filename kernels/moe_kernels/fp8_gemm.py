@@ -25,7 +25,7 @@ from .fp8_kernels import (
     swiglu_rows_backward_kernel,
 )
 from .launching import launch
-from .quantise import ROWS, TILE, Quantised, quantise_rows
+from .quantise import ROWS, TILE, Quantised, allot, quantise_rows
 from .swiglu import swiglu_backward, swiglu_forward
 from .tiles import GROUP, TileSchedule
 
@@ -109,10 +109,7 @@ def _config(result: Tensor) -> Config:
 def _swiglu_quantised_triton(h: Tensor, order: Tensor, weight: Tensor, end: Tensor) -> Quantised:
     n_rows, hidden = h.shape[0], h.shape[1] // 2
     n_blocks = triton.cdiv(hidden, TILE)
-    found = Quantised(
-        h.new_empty(n_rows, n_blocks * TILE, dtype=torch.float8_e4m3fn),
-        h.new_empty(n_rows, n_blocks, dtype=torch.float32),
-    )
+    found = allot(h, (n_rows, n_blocks * TILE), (n_rows, n_blocks))
     if n_rows:
         args = (h, order, weight, end, *found, hidden, n_blocks)
         grid = (triton.cdiv(n_rows, ROWS), n_blocks)

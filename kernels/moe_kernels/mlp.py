@@ -22,7 +22,8 @@ With weighting="before" the weight scales x instead of a: gate and up are w_r h_
 factor w_r, and dw_r = dh_r . h_r with the dh_r before that factor. With "none" there is no weight.
 Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
 
-`mlp_torch.py` is the reference, `mlp_triton.py` launches the kernels, in which rows are gathered and activated.
+`mlp_torch.py` is the reference, `mlp_triton.py` launches the kernels, in which rows are gathered and activated, and
+`mlp_fp8.py` multiplies in 8 bits. Here rows are sorted, for all three, and the library op is made of them.
 
 Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
 y = 10*(0.5*2) + 20*(0.25*3) = 25.
@@ -33,14 +34,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import mlp_torch, mlp_triton
+from . import mlp_fp8, mlp_torch, mlp_triton
 from .agreement import Check, E, K, Side, T, normal, uniform, widths
 from .backend import register_check, resolve
-from .configs import FP8_CAPABILITY, capability_of, families
+from .configs import FP8_CAPABILITY, families, lacks_fp8
+from .dispatch import sort_rows
 from .errors import KernelError
-from .mlp_fp8 import fp8_expert_mlp
 
 __all__ = ["expert_mlp"]
+
+_NAME, _NAME_IN_FP8 = "expert_mlp", "expert_mlp in fp8"  # what is checked before its first use
 
 
 def expert_mlp(
@@ -83,13 +86,9 @@ def expert_mlp(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
     if fp8:
         _check_fp8(x_TD, weighting, backend)
-        return fp8_expert_mlp(
-            x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, keep,
-            resolve(backend, x_TD.device, "fp8_expert_mlp", x_TD.dtype),
-        )[0]  # fmt: skip
     return _expert_mlp(
-        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, keep,
-        resolve(backend, x_TD.device, "expert_mlp", x_TD.dtype),
+        x_TD, gate_up_EFD, down_EDF, topk_index_TK, topk_weight_TK, tokens_per_expert, null_experts, weighting, fp8,
+        keep, resolve(backend, x_TD.device, _NAME_IN_FP8 if fp8 else _NAME, x_TD.dtype),
     )[0]  # fmt: skip
 
 
@@ -121,17 +120,8 @@ def _check_fp8(x: Tensor, weighting: str, backend: str | None) -> None:
         )
     if weighting != "after":
         raise KernelError(f"fp8=True takes weighting='after' only, not {weighting!r}: use that, or fp8=False")
-    if x.is_cuda and backend != "torch" and capability_of(x.device) < FP8_CAPABILITY:
-        found = ".".join(map(str, capability_of(x.device)))
-        raise KernelError(f"fp8=True needs compute capability 8.9, and {x.device} has {found}: use fp8=False")
-
-
-# by backend
-
-
-def _backend(name: str) -> Any:
-    """The file with `backward` of a backend."""
-    return mlp_triton if name == "triton" else mlp_torch
+    if x.is_cuda and backend != "torch" and (lack := lacks_fp8(x.device)):
+        raise KernelError(f"fp8=True {lack}: use fp8=False")
 
 
 # library op
@@ -147,6 +137,7 @@ def _expert_mlp(
     counts: Tensor | None,
     null_experts: int,
     weighting: str,
+    fp8: bool,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,11 +145,17 @@ def _expert_mlp(
 
     keep: a backward pass may follow; else h is empty, and the kernels do not store it.
     """
-    given = (x, gate_up, down, index, weight, counts, null_experts, weighting)
-    if backend == "triton":
-        return mlp_triton.forward(*given, keep)
-    y, h, order, place, offsets = mlp_torch.forward(*given)
-    return y, h if keep else h.new_empty(0), order, place, offsets
+    n_experts = len(down)
+    order, place, offsets = sort_rows(index, n_experts + null_experts, counts, backend)
+    if null_experts:
+        offsets = offsets[: n_experts + 1].clone()  # they come last: their rows lie behind every group
+    given = (x, gate_up, down, weight, order, place, offsets, null_experts)
+    if fp8:
+        y, h = mlp_fp8.forward(*given, keep, backend)
+    else:
+        run = mlp_triton.forward if backend == "triton" else mlp_torch.forward
+        y, h = run(*given, weighting, keep)
+    return y, h, order, place, offsets
 
 
 @_expert_mlp.register_fake
@@ -171,6 +168,7 @@ def _(
     counts: Tensor | None,
     null_experts: int,
     weighting: str,
+    fp8: bool,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -198,12 +196,15 @@ def _expert_mlp_backward(
     need: list[bool],
     null_experts: int,
     weighting: str,
+    fp8: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
-    return _backend(backend).backward(
-        dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts, weighting
-    )
+    given = (dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts)
+    if fp8:
+        return mlp_fp8.backward(*given, backend)
+    run = mlp_triton.backward if backend == "triton" else mlp_torch.backward
+    return run(*given, weighting)
 
 
 @_expert_mlp_backward.register_fake
@@ -220,6 +221,7 @@ def _(
     need: list[bool],
     null_experts: int,
     weighting: str,
+    fp8: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -231,24 +233,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gate_up, down, _, weight, _, null_experts, weighting, keep, backend = inputs
+    x, gate_up, down, _, weight, _, null_experts, weighting, fp8, keep, backend = inputs
     _, h, order, place, offsets = output
     if not keep and any(ctx.needs_input_grad):
         raise KernelError("moe_kernels::expert_mlp was called with keep=False, and has no gradient: give keep=True")
     ctx.mark_non_differentiable(h, order, place, offsets)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weight, h, order, place, offsets)
-    ctx.constants = (null_experts, weighting, backend)
+    ctx.constants = (null_experts, weighting, fp8, backend)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
     if dy is None:
-        return (None,) * 10
+        return (None,) * 11
     x_needed, gate_up_needed, down_needed, _, weight_needed = ctx.needs_input_grad[:5]
     need = [x_needed, gate_up_needed, down_needed, weight_needed]
     grads = _expert_mlp_backward(dy, *ctx.saved_tensors, need, *ctx.constants)
     d_x, d_gate_up, d_down, d_weight = (g if needed else None for g, needed in zip(grads, need, strict=True))
-    return d_x, d_gate_up, d_down, None, d_weight, None, None, None, None, None
+    return d_x, d_gate_up, d_down, None, d_weight, *(None,) * 6
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -284,7 +286,7 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
                 counts = index.flatten().bincount(minlength=n_experts + nulls).int().to(side.device)
                 leaves = side.master(gate_up.mT.contiguous()), side.master(down.mT.contiguous())
                 experts = leaves[0].mT, leaves[1].mT
-            given = (x, *experts, index.to(side.device), weight, counts, nulls, weighting)
+            given = (x, *experts, index.to(side.device), weight, counts, nulls, weighting, False)
             y, *_ = _expert_mlp(*given, True, side.backend)
             y.backward(side.put(normal(*y.shape, make=g)), inputs=[x, *leaves, weight])
             found |= {f"y {where}": y, f"dx {where}": x.grad, f"dweight {where}": weight.grad}
@@ -295,4 +297,28 @@ def _probe(side: Side) -> dict[str, Tensor | None]:
     return found
 
 
-register_check(Check("expert_mlp", _probe))
+def _probe_fp8(side: Side) -> dict[str, Tensor | None]:
+    """Most tokens choose expert 0, more than a tile of them; some a null one, and two experts have none. Every product
+    has more than one step, tile and column tile, the last ones not whole; magnitudes differ from tile to tile."""
+    g = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(E - 2, generator=g)[:K] for _ in range(5 * T)])
+    index[:140, 1] = 0
+    index[::3, 0] = E
+    width, hidden = 328, 200
+    x = normal(len(index), width, make=g) * uniform(len(index), 1, make=g).mul(5).exp()
+    leaves = [
+        side.leaf(x / 30),
+        side.leaf(normal(E, 2 * hidden, width, make=g) / width**0.5),
+        side.leaf(normal(E, width, hidden, make=g) / hidden**0.5),
+        (uniform(*index.shape, make=g) + 0.5).to(side.device).requires_grad_(),  # fp32 on both sides
+    ]
+    given = (*leaves[:3], index.to(side.device), leaves[3])
+    y, *_ = _expert_mlp(*given, None, 1, "after", True, True, side.backend)
+    y.backward(side.put(normal(*y.shape, make=g)), inputs=leaves)
+    names = ("dx", "dgate_up", "ddown", "dweight")
+    return {"y": y, **{name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}}
+
+
+register_check(Check(_NAME, _probe))
+# What is rounded to bf16 between products may fall on the other side of a step of E4M3, an eighth of a value.
+register_check(Check(_NAME_IN_FP8, _probe_fp8, {torch.float32: 1e-2, torch.bfloat16: 0.1}, FP8_CAPABILITY))

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .combine import end_of_rows, sum_slots
-from .dispatch import sort_rows
 from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
 from .swiglu import swiglu_backward, swiglu_forward
 
@@ -15,23 +14,24 @@ def forward(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    index: Tensor,
     weight: Tensor,
-    counts: Tensor | None,
+    order: Tensor,
+    place: Tensor,
+    offsets: Tensor,
     null_experts: int,
     weighting: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, order, place, offsets)."""
-    n_experts, top_k = gate_up.shape[0], index.shape[1]
-    order, place, offsets = sort_rows(index, n_experts + null_experts, counts, "torch")
-    offsets = offsets[: n_experts + 1].clone()  # null experts come last: their rows lie behind every group
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, h); h is empty unless `keep`."""
+    top_k = weight.shape[1]
     rows = x.index_select(0, order // top_k)
     h = _clear_nulls(gemm_forward(rows, gate_up, offsets, "torch"), offsets, null_experts)
     del rows
     before, after = _weights(weight, order, weighting)
     wa = swiglu_forward(h if before is None else _scale(h, before), after)
     out = gemm_forward(wa, down, offsets, "torch")
-    return sum_slots(out, place, top_k, "torch", end_of_rows(offsets, null_experts)), h, order, place, offsets
+    y = sum_slots(out, place, top_k, "torch", end_of_rows(offsets, null_experts))
+    return y, h if keep else h.new_empty(0)
 
 
 def backward(

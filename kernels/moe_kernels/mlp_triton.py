@@ -14,7 +14,6 @@ from torch import Tensor
 from ._triton import triton
 from .combine import end_of_rows, sum_slots
 from .configs import config_for, n_programs, row_block
-from .dispatch import sort_rows
 from .gemm_triton import as_it_lies, product, row_tile_options, unit_of, wgrad
 from .launching import launch
 from .mlp_kernels import swiglu_backward_kernel, swiglu_kernel
@@ -27,22 +26,20 @@ def forward(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    index: Tensor,
     weight: Tensor,
-    counts: Tensor | None,
+    order: Tensor,
+    place: Tensor,
+    offsets: Tensor,
     null_experts: int,
     weighting: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, h, order, place, offsets); h is empty unless `keep`, and holds anything in the rows of null experts."""
-    n_experts, top_k = gate_up.shape[0], index.shape[1]
-    order, place, offsets = sort_rows(index, n_experts + null_experts, counts, "triton")
-    offsets = offsets[: n_experts + 1]  # null experts come last: their rows lie behind every group
+) -> tuple[Tensor, Tensor]:
+    """(y, h); h is empty unless `keep`, and holds anything in the rows of null experts."""
+    n_experts, top_k = gate_up.shape[0], weight.shape[1]
     tiles = schedule_tiles(offsets, len(order), row_block(x.dtype, len(order), n_experts))
     h, wa = swiglu_product(x.contiguous(), gate_up.to(x.dtype), order, _flat(weight), tiles, weighting, keep)
     out = product(wa, down.to(x.dtype), tiles, False)
-    y = sum_slots(out, place, top_k, "triton", end_of_rows(offsets, null_experts))
-    return y, h, order, place, offsets.clone() if null_experts else offsets
+    return sum_slots(out, place, top_k, "triton", end_of_rows(offsets, null_experts)), h
 
 
 def backward(

@@ -35,7 +35,7 @@ from ._triton import INTERPRETED, tl, triton
 from .launching import launch
 from .tiles import TileSchedule
 
-__all__ = ["TILE", "Quantised", "quantise_columns", "quantise_rows", "quantise_weight", "quantised"]
+__all__ = ["ROWS", "TILE", "Quantised", "allot", "quantise_columns", "quantise_rows", "quantise_weight", "quantised"]
 
 TILE = 128
 LARGEST = 448.0  # of E4M3
@@ -222,7 +222,7 @@ ROWS, COLUMNS = 32, 64  # of a program: a tile then is 4096 or 8192 values, 32 o
 
 def _rows_triton(x: Tensor, end: Tensor | None) -> Quantised:
     (n_rows, width), n_blocks = x.shape, triton.cdiv(x.shape[1], TILE)
-    found = _allot(x, (n_rows, n_blocks * TILE), (n_rows, n_blocks))
+    found = allot(x, (n_rows, n_blocks * TILE), (n_rows, n_blocks))
     if n_rows:
         grid = (triton.cdiv(n_rows, ROWS), n_blocks)
         args = (x, x if end is None else end, *found, n_rows, width, n_blocks)
@@ -235,9 +235,9 @@ def _weight_triton(w: Tensor, transposed: bool) -> Quantised:
     n_experts, n_out, n_in = w.shape
     out_blocks, in_blocks = triton.cdiv(n_out, TILE), triton.cdiv(n_in, TILE)
     if transposed:
-        found = _allot(w, (n_experts, n_in, out_blocks * TILE), (n_experts, in_blocks, out_blocks))
+        found = allot(w, (n_experts, n_in, out_blocks * TILE), (n_experts, in_blocks, out_blocks))
     else:
-        found = _allot(w, (n_experts, n_out, in_blocks * TILE), (n_experts, out_blocks, in_blocks))
+        found = allot(w, (n_experts, n_out, in_blocks * TILE), (n_experts, out_blocks, in_blocks))
     launch(
         quantise_weight_kernel, (out_blocks * in_blocks, n_experts), w, *found, n_out, n_in, in_blocks,
         BK=TILE, TRANSPOSED=transposed, ROUND=INTERPRETED, num_warps=8,
@@ -247,7 +247,7 @@ def _weight_triton(w: Tensor, transposed: bool) -> Quantised:
 
 def _columns_triton(x: Tensor, tiles: TileSchedule, order: Tensor | None, top_k: int) -> Quantised:
     width, n_tiles = x.shape[1], len(tiles.tiles_N3)
-    found = _allot(x, (width, n_tiles * TILE), (n_tiles, width))
+    found = allot(x, (width, n_tiles * TILE), (n_tiles, width))
     if n_tiles:
         args = (x, order, *found, tiles.tiles_N3, tiles.count_1, width, n_tiles * TILE)
         options = {"TOP_K": top_k, "GATHERED": order is not None, "BK": TILE, "BC": COLUMNS, "ROUND": INTERPRETED}
@@ -255,7 +255,8 @@ def _columns_triton(x: Tensor, tiles: TileSchedule, order: Tensor | None, top_k:
     return found
 
 
-def _allot(like: Tensor, values: tuple[int, ...], scales: tuple[int, ...]) -> Quantised:
+def allot(like: Tensor, values: tuple[int, ...], scales: tuple[int, ...]) -> Quantised:
+    """Room for values and scales of these shapes, on the device of `like`."""
     return Quantised(like.new_empty(values, dtype=torch.float8_e4m3fn), like.new_empty(scales, dtype=torch.float32))
 
 

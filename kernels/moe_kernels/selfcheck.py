@@ -2,13 +2,12 @@
 
 import torch
 
-from . import dispatch, gemm, mlp, mlp_fp8, routing
+from . import dispatch, gemm, mlp, routing
 from .backend import registered_checks
-from .configs import capability_of
 
 __all__ = ["check_kernels"]
 
-_OPS = (dispatch, gemm, mlp, mlp_fp8, routing)  # each registered its check when it was imported above
+_OPS = (dispatch, gemm, mlp, routing)  # each registered its check when it was imported above
 
 
 def check_kernels(device: torch.device | str) -> None:
@@ -19,6 +18,6 @@ def check_kernels(device: torch.device | str) -> None:
     """
     device = torch.device(device)
     for check in registered_checks():
-        if check.capability <= capability_of(device):
+        if check.runs_on(device):
             for dtype in check.tolerance if device.type == "cuda" else [torch.float32]:
                 check.run(device, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import KernelError, expert_mlp, mlp_torch, mlp_triton, topk_route
+from moe_kernels.dispatch import sort_rows
 
 
 class Calls(TorchDispatchMode):
@@ -41,10 +42,11 @@ def test_triton_permutes_no_rows() -> None:
     x, gate_up, down = torch.randn(9, 24), torch.randn(4, 24, 24), torch.randn(4, 24, 12)
     index, weight = torch.rand(9, 4).argsort(-1)[:, :2], torch.rand(9, 2)
     gathers = []
-    for backend, more in ((mlp_triton, (True,)), (mlp_torch, ())):
+    rows = sort_rows(index, 4, None, "torch")
+    for backend in (mlp_triton, mlp_torch):
         with Calls() as calls:
-            y, *kept = backend.forward(x, gate_up, down, index, weight, None, 0, "after", *more)
-            backend.backward(y, x, gate_up, down, weight, *kept, [True] * 4, 0, "after")
+            y, h = backend.forward(x, gate_up, down, weight, *rows, 0, "after", True)
+            backend.backward(y, x, gate_up, down, weight, h, *rows, [True] * 4, 0, "after")
         gathers.append(calls.seen & {"index_select", "index", "gather", "take", "embedding"})
     assert gathers == [set(), {"index_select"}]
 
@@ -54,10 +56,11 @@ def test_triton_clears_no_rows_of_null_experts() -> None:
     """What nobody wrote is skipped where it would be read: no buffer is filled with zeros."""
     x, gate_up, down = torch.randn(9, 24), torch.randn(4, 24, 24), torch.randn(4, 24, 12)
     index, weight = torch.rand(9, 6).argsort(-1)[:, :2], torch.rand(9, 2)
-    counts = torch.bincount(index.flatten(), minlength=6).int()
+    order, place, offsets = sort_rows(index, 6, None, "torch")
+    rows = order, place, offsets[:5]
     with Calls() as calls:
-        y, *kept = mlp_triton.forward(x, gate_up, down, index, weight, counts, 2, "after", True)
-        mlp_triton.backward(y, x, gate_up, down, weight, *kept, [True] * 4, 2, "after")
+        y, h = mlp_triton.forward(x, gate_up, down, weight, *rows, 2, "after", True)
+        mlp_triton.backward(y, x, gate_up, down, weight, h, *rows, [True] * 4, 2, "after")
     assert not {name for name in calls.seen if "zero" in name or "full" in name}
 
 
@@ -66,7 +69,7 @@ def test_pre_activations_are_kept_for_a_backward_pass_only(place: Any, leaf: Cal
     x, gate_up, down = leaf(5, 16), leaf(3, 16, 16, fan_in=16), leaf(3, 16, 8, fan_in=8)
     index, weight = torch.rand(5, 3).argsort(-1)[:, :2].to(place.device), torch.rand(5, 2, device=place.device)
     op = torch.ops.moe_kernels.expert_mlp.default
-    given = (x, gate_up, down, index, weight, None, 0, "after")
+    given = (x, gate_up, down, index, weight, None, 0, "after", False)
     y, h, *_ = op(*given, True, place.backend)
     assert h.shape == (10, 16)
     with pytest.raises(KernelError, match="keep=False, and has no gradient"):
@@ -168,9 +171,9 @@ def test_library_op_is_well_formed() -> None:
     gate_up, down = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
     index, weight = torch.rand(5, 3).argsort(-1)[:, :2], torch.rand(5, 2, requires_grad=True)
     op = torch.ops.moe_kernels.expert_mlp.default
-    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, 0, "after", True, "torch"))
+    torch.library.opcheck(op, (x, gate_up, down, index, weight, None, 0, "after", False, True, "torch"))
     fewer = [tensor.detach()[:-1].clone().requires_grad_() for tensor in (gate_up, down)]
-    torch.library.opcheck(op, (x, *fewer, index, weight, None, 1, "before", True, "torch"))
+    torch.library.opcheck(op, (x, *fewer, index, weight, None, 1, "before", False, True, "torch"))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

@@ -191,7 +191,6 @@ def test_library_op_is_well_formed() -> None:
 
 
 @pytest.mark.parametrize("more", [0, 300], ids=["few-rows", "many-rows"])
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")  # NumPy's, of the interpreter
 def test_a_group_keeps_its_infinities(place: Any, leaf: Callable[..., Tensor], more: int) -> None:
     """Rows may be multiplied with neighbours beside them, and yet the neighbours' results are their own."""
     x, w = leaf(40 + 3 * more, 16).detach(), leaf(3, 8, 16)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moe_kernels import KernelError, expert_mlp
-from moe_kernels.mlp_fp8 import fp8_expert_mlp
 
 pytestmark = pytest.mark.usefixtures("device_with_fp8")
 
@@ -86,7 +85,8 @@ def problem(place: Any, index: Tensor, width: int, hidden: int, n_experts: int) 
 def run(place: Any, leaves: list[Tensor], index: Tensor, dy: Tensor, null_experts: int = 0) -> tuple[Tensor, ...]:
     """y and gradients by the library op, which takes any dtype."""
     x, gate_up, down, weight = leaves
-    y, *_ = fp8_expert_mlp(x, gate_up, down, index.to(place.device), weight, None, null_experts, True, place.backend)
+    given = (x, gate_up, down, index.to(place.device), weight, None, null_experts, "after")
+    y, *_ = torch.ops.moe_kernels.expert_mlp(*given, True, True, place.backend)
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
@@ -211,17 +211,20 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match="weighting='after' only, not 'before'"):
         expert_mlp(*small(), fp8=True, weighting="before")
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr("moe_kernels.mlp.capability_of", lambda device: (8, 0))
-    with pytest.raises(KernelError, match=r"needs compute capability 8.9, and cpu has 8.0: use fp8=False"):
+    monkeypatch.setattr("moe_kernels.configs.capability_of", lambda device: (8, 0))
+    with pytest.raises(KernelError, match=r"needs compute capability 8.9 or newer, and cpu has 8.0: use fp8=False"):
         expert_mlp(*small(), fp8=True)
 
 
 def test_library_op_is_well_formed() -> None:
-    """Schema, fake implementation and autograd registration agree; without keep there is no gradient."""
-    op = torch.ops.moe_kernels.fp8_expert_mlp.default
-    torch.library.opcheck(op, (*small(torch.float32), None, 0, True, "torch"))
+    """Schema, fake implementation and autograd registration agree; without keep there is no gradient, and no h."""
+    op = torch.ops.moe_kernels.expert_mlp.default
+    torch.library.opcheck(op, (*small(torch.float32), None, 0, "after", True, True, "torch"))
+    given = (*small(), None, 0, "after", True, False, "torch")
     with pytest.raises(KernelError, match="keep=False, and has no gradient"):
-        op(*small(), None, 0, False, "torch")
+        op(*given)
+    with torch.no_grad():
+        assert op(*given)[1].numel() == 0
 
 
 def test_compiles_as_one_graph() -> None:

@@ -15,6 +15,7 @@ from moe.accounting import cache_bytes_per_token, memory
 from moe.balancer import find_routers
 from moe.cache import Cache
 from moe.config import ModelConfig, OptimConfig
+from moe.layers.experts import multiply_in_fp8
 from moe.model import Transformer
 from moe.optim import build_optimizer
 
@@ -30,9 +31,10 @@ DENSE = GQA.replace(qk_norm="none").dense_twin()
 TWO_AHEAD = MLA.replace(num_nextn_predict_layers=2)
 
 # configuration, sequences, their length, precision, recomputed layers
-CASES: dict[str, tuple[ModelConfig, int, int, Literal["fp32", "bf16"], int]] = {
+CASES: dict[str, tuple[ModelConfig, int, int, Literal["fp32", "bf16", "fp8"], int]] = {
     "latent": (MLA, 2, 64, "fp32", 0),
     "latent, bf16": (MLA, 3, 40, "bf16", 0),
+    "latent, fp8": (MLA, 3, 40, "fp8", 0),
     "latent, one sequence": (MLA, 1, 128, "fp32", 0),
     "latent, low-rank queries": (LOW_RANK, 2, 64, "fp32", 0),
     "latent, low-rank queries, bf16": (LOW_RANK, 4, 32, "bf16", 0),
@@ -52,6 +54,7 @@ CASES: dict[str, tuple[ModelConfig, int, int, Literal["fp32", "bf16"], int]] = {
     "two ahead": (TWO_AHEAD, 2, 64, "fp32", 0),
     "two ahead, bf16": (TWO_AHEAD, 2, 64, "bf16", 0),
     "one ahead of a dense model, bf16": (DENSE.replace(num_nextn_predict_layers=1), 2, 64, "bf16", 0),
+    "null experts, fp8, recomputed": (MLA.replace(n_null_experts=4), 2, 64, "fp8", 2),
     "two of three layers recomputed": (MLA, 2, 64, "fp32", 2),
     "all layers recomputed": (GQA, 2, 64, "fp32", 3),
     "all layers recomputed, bf16": (LOW_RANK, 2, 64, "bf16", 3),
@@ -87,6 +90,13 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def _model(config: ModelConfig, precision: str) -> Transformer:
+    model = Transformer(config)
+    if precision == "fp8":
+        assert multiply_in_fp8(model) == config.num_hidden_layers - config.first_k_dense_replace
+    return model
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_holds_what_the_arithmetic_says(name: str) -> None:
     """Weights, gradients, moments and what a forward pass leaves behind for the backward pass, to 1 %.
@@ -99,12 +109,12 @@ def test_a_step_holds_what_the_arithmetic_says(name: str) -> None:
     wanted = memory(
         config, micro_batch_size=sequences, seq_len=length, precision=precision, recompute_layers=recomputed
     )
-    model = Transformer(config)
+    model = _model(config, precision)
     model.recompute(recomputed)
     optimizer = build_optimizer(model, OptimConfig())
     ids = torch.randint(config.vocab_size, (sequences, length))
     own = [*model.parameters(), *model.buffers()]
-    with Storages() as made, torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+    with Storages() as made, torch.autocast("cpu", torch.bfloat16) if precision != "fp32" else nullcontext():
         out = model(ids, labels=ids)
         loss = out.loss if out.mtp_loss is None else out.loss + out.mtp_loss
     del out
@@ -141,7 +151,7 @@ def test_muon_keeps_one_momentum_of_its_matrices(name: str) -> None:
 def test_hooks_on_saved_tensors_see_the_same(name: str) -> None:
     """Unique storages that autograd saves, other than parameters and buffers: another way to measure, where it can."""
     config, sequences, length, precision, _ = CASES[name]
-    model = Transformer(config)
+    model = _model(config, precision)
     ids = torch.randint(config.vocab_size, (sequences, length))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: list[Tensor] = []
@@ -152,7 +162,7 @@ def test_hooks_on_saved_tensors_see_the_same(name: str) -> None:
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext(),
+        torch.autocast("cpu", torch.bfloat16) if precision != "fp32" else nullcontext(),
     ):
         model(ids, labels=ids)
     kept = _bytes(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in own)
