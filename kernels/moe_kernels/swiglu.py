@@ -38,12 +38,12 @@ def swiglu_backward(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Te
         gate, up = (half.float() for half in h[rows].chunk(2, dim=-1))
         d_gate, d_up = dh[rows].chunk(2, dim=-1)
         s, w_rows = silu(gate), w[rows, None]
-        a = s * up
-        torch.sum(q[rows].float() * a, -1, out=dw[rows])
+        a, q_rows = s * up, q[rows].float()
         torch.mul(a, w_rows, out=wa[rows])
-        da = q[rows].float() * w_rows
+        torch.sum(a.mul_(q_rows), -1, out=dw[rows])
+        da = q_rows * w_rows
         torch.mul(s, da, out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
+        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
     return dh, wa, dw
 
 
