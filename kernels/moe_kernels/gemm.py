@@ -54,14 +54,14 @@ def gemm_forward(x: Tensor, w: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """y (R, O) of contiguous x (R, I) and w (E, O, I), in x's dtype."""
     if backend == "triton":
         return gemm_triton.product(x, w.to(x.dtype), _tiles(x, offsets), False)
-    return gemm_torch.forward(x, _as_multiplied(w, x), offsets)
+    return gemm_torch.forward(x, w, offsets)
 
 
 def gemm_dgrad(dy: Tensor, w: Tensor, offsets: Tensor, backend: str) -> Tensor:
     """dx (R, I) of contiguous dy (R, O) and w (E, O, I), in dy's dtype."""
     if backend == "triton":
         return gemm_triton.product(dy, w.to(dy.dtype), _tiles(dy, offsets), True)
-    return gemm_torch.dgrad(dy, _as_multiplied(w, dy), offsets)
+    return gemm_torch.dgrad(dy, w, offsets)
 
 
 def gemm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
@@ -69,11 +69,6 @@ def gemm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype, b
     if backend == "triton":
         return gemm_triton.wgrad(dy, x, offsets, out_dtype, _block(x, offsets))
     return gemm_torch.wgrad(dy, x, offsets, out_dtype)
-
-
-def _as_multiplied(w: Tensor, x: Tensor) -> Tensor:
-    """Contiguous weights in x's dtype; on a CPU in their own, for there they are cast one by one."""
-    return (w if x.device.type == "cpu" else w.to(x.dtype)).contiguous()
 
 
 def _block(x: Tensor, offsets: Tensor) -> int:

@@ -1,6 +1,7 @@
 """The grouped products in torch: the reference of `gemm.py`'s kernels, and the fast path on a CPU.
 
-Letters and index ranges are those of `gemm.py`.
+Letters and index ranges are those of `gemm.py`. Rows lie in slots: for most products as they were sorted, one behind
+the other; for bf16 on a CPU with room between the experts (`batches.py`). Both layouts have the same methods.
 """
 
 from itertools import pairwise
@@ -8,72 +9,84 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["dgrad", "forward", "wgrad"]
+from .batches import Batches
 
-# oneDNN compiles its bf16 product anew for every number of rows and keeps some thousand, and experts have other numbers
-# in every step. So on a CPU an expert's rows are taken in a window of a whole number of steps, with some of its
-# neighbours' beside them: the six products of 64 experts (R = 12288, D = 256, F = 128, one thread, new log-normal loads
-# with sigma 0.5 each time) take 75 ms so, and 164 with exact numbers. With sigma 0.1 few numbers occur: 77 and 76.
-_STEP = 32
+__all__ = ["Groups", "dgrad", "forward", "layout_of", "wgrad"]
+
+
+class Groups:
+    """Row r lies in slot r. nulls: rows may lie behind the last group; they are no product's."""
+
+    def __init__(self, offsets: Tensor, nulls: bool) -> None:
+        self._offsets, self._nulls = offsets, nulls
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(S, ...) of (R, ...): the same."""
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(R, ...) of (S, ...): the same."""
+        return values
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """Where these rows lie: there."""
+        return rows
+
+    def blank(self, values: Tensor) -> Tensor:
+        """`values` (S, ...) with 0 in the slots that are no product's. In place; no sync on CUDA."""
+        if self._nulls and values.is_cuda:
+            empty = torch.arange(len(values), device=values.device) >= self._offsets[-1]
+            values.masked_fill_(empty.view(-1, *[1] * (values.dim() - 1)), 0)
+        elif self._nulls:
+            values[int(self._offsets[-1]) :] = 0
+        return values
+
+    def product(self, x: Tensor, w: Tensor) -> Tensor:
+        """x[r] @ w[e(r)] of x (S, I) and w (E, I, O); anything in the slots that are no product's."""
+        if x.is_cuda:
+            w = w.to(x.dtype)
+        if _fits_grouped_mm(x, w if w.is_contiguous() else w.mT):
+            return torch.nn.functional.grouped_mm(x, w, offs=self._offsets[1:])
+        y = x.new_empty(x.shape[0], w.shape[2])
+        for e, start, end in _groups(self._offsets):
+            torch.mm(
+                x[start:end], w[e].to(x.dtype), out=y[start:end]
+            )  # weights one by one, which then lie in the cache
+        return y
+
+    def wgrad(self, dy: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """dw (E, O, I) in `out_dtype` of contiguous dy (S, O) and x (S, I)."""
+        if _fits_grouped_mm(dy, x):
+            dw = torch.nn.functional.grouped_mm(dy.t(), x, offs=self._offsets[1:])
+            if dw.is_cuda:  # experts without rows: not promised to be written
+                dw.masked_fill_((self._offsets[1:] == self._offsets[:-1])[:, None, None], 0)
+            return dw.to(out_dtype)
+        dw = dy.new_empty(len(self._offsets) - 1, dy.shape[1], x.shape[1], dtype=out_dtype)
+        dw.index_fill_(0, (self._offsets[1:] == self._offsets[:-1]).nonzero().squeeze(1), 0)
+        for e, start, end in _groups(self._offsets):
+            dw[e] = dy[start:end].t() @ x[start:end]
+        return dw
+
+
+def layout_of(x: Tensor, offsets: Tensor, n_rows: int, nulls: bool) -> Groups | Batches:
+    """How rows are to lie that are multiplied in the dtype of x and on its device. nulls: some may be no expert's."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and n_rows:
+        return Batches(offsets, n_rows)
+    return Groups(offsets, nulls)
 
 
 def _fits_grouped_mm(*tensors: Tensor) -> bool:
     """Whether torch's grouped_mm is the way: on CUDA in bf16, on a CPU in fp32, for row-major rows of 16 aligned bytes.
 
-    In fp32 it is faster than the loops below (E = 64, D = 256, F = 128, R = 12288, one product: 11 ms against 13), and
-    it needs no offsets on the host.
+    In fp32 it is faster than the loops (E = 64, D = 256, F = 128, R = 12288, one product: 11 ms against 13) and than
+    batches (0.9 of their time), and it needs no offsets on the host.
     """
     dtype = torch.bfloat16 if tensors[0].is_cuda else torch.float32
     return all(
-        t.dtype == dtype and t.numel() and not t.shape[-1] * t.element_size() % 16 and not t.data_ptr() % 16
+        t.dtype == dtype and t.numel() and t.is_contiguous() and not t.shape[-1] * t.element_size() % 16
+        and not t.data_ptr() % 16
         for t in tensors
-    )
-
-
-def forward(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """y (R, O) of contiguous x (R, I) and w (E, O, I)."""
-    if _fits_grouped_mm(x, w):
-        return torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
-    return _multiply_groups(x, w.transpose(1, 2), offsets)
-
-
-def dgrad(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """dx (R, I) of contiguous dy (R, O) and w (E, O, I)."""
-    if _fits_grouped_mm(dy, w):
-        return torch.nn.functional.grouped_mm(dy, w, offs=offsets[1:])
-    return _multiply_groups(dy, w, offsets)
-
-
-def _multiply_groups(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x[r] @ w[e(r)]. Weights are cast to x's dtype one by one, which then lie in the cache."""
-    y = x.new_empty(x.shape[0], w.shape[2])
-    for e, start, end in _groups(offsets):
-        first, last = _window(start, end, x)
-        matrix = w[e].to(x.dtype)
-        if first == start:  # what is too much lies behind, where later experts write
-            torch.mm(x[first:last], matrix, out=y[first:last])
-        else:
-            y[start:end] = (x[first:last] @ matrix)[start - first : end - first]
-    y[int(offsets[-1]) :] = 0
-    return y
-
-
-def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """dw (E, O, I) in `out_dtype` of contiguous dy (R, O) and x (R, I)."""
-    if _fits_grouped_mm(dy, x):
-        dw = torch.nn.functional.grouped_mm(dy.t(), x, offs=offsets[1:])
-        if dw.is_cuda:  # experts without rows: not promised to be written
-            dw.masked_fill_((offsets[1:] == offsets[:-1])[:, None, None], 0)
-        return dw.to(out_dtype)
-    dw = dy.new_empty(offsets.numel() - 1, dy.shape[1], x.shape[1], dtype=out_dtype)
-    dw.index_fill_(0, (offsets[1:] == offsets[:-1]).nonzero().squeeze(1), 0)
-    product = dy.new_empty(dw.shape[1:])  # one for all, in the cache, cast on its way out
-    for e, start, end in _groups(offsets):
-        more = _whole_steps(end - start, x) - (end - start)
-        # more rows of zeros, not the neighbours': these would be added up too
-        dy_rows, x_rows = (torch.nn.functional.pad(part[start:end], (0, 0, 0, more)) for part in (dy, x))
-        dw[e] = torch.mm(dy_rows.t(), x_rows, out=product)
-    return dw
+    )  # fmt: skip
 
 
 def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -81,16 +94,25 @@ def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, end) for e, (start, end) in enumerate(pairwise(offsets.tolist())) if end > start]
 
 
-def _window(start: int, end: int, x: Tensor) -> tuple[int, int]:
-    """(first row, one past the last) to multiply for the rows start .. end: a whole number of steps, if x has as many.
-
-    Example: 5 .. 45 of 100 rows -> 5 .. 69; 60 .. 100 of 100 -> 36 .. 100.
-    """
-    rows = _whole_steps(end - start, x)
-    first = max(0, min(start, x.shape[0] - rows))
-    return first, min(first + rows, x.shape[0])
+# of rows as they are sorted
 
 
-def _whole_steps(rows: int, x: Tensor) -> int:
-    """So many rows, and as many more as make it a multiple of the step where oneDNN multiplies."""
-    return rows if x.is_cuda or x.dtype == torch.float32 else -(-rows // _STEP) * _STEP
+def forward(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """y (R, O) of contiguous x (R, I) and w (E, O, I)."""
+    return _multiply(x, w.transpose(1, 2), offsets)
+
+
+def dgrad(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """dx (R, I) of contiguous dy (R, O) and w (E, O, I)."""
+    return _multiply(dy, w, offsets)
+
+
+def _multiply(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    lie = layout_of(x, offsets, len(x), x.device.type == "cpu")
+    return lie.gather(lie.blank(lie.product(lie.spread(x), w)))
+
+
+def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """dw (E, O, I) in `out_dtype` of contiguous dy (R, O) and x (R, I)."""
+    lie = layout_of(x, offsets, len(x), False)
+    return lie.wgrad(lie.blank(lie.spread(dy)), lie.spread(x), out_dtype)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .combine import end_of_rows, sum_slots
-from .gemm import gemm_dgrad, gemm_forward, gemm_wgrad
+from .combine import sum_slots
+from .gemm_torch import layout_of
 from .swiglu import swiglu_backward, swiglu_forward
 
 __all__ = ["backward", "forward"]
@@ -24,14 +24,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, h); h is empty unless `keep`."""
     top_k = weight.shape[1]
-    rows = x.index_select(0, order // top_k)
-    h = _clear_nulls(gemm_forward(rows, gate_up, offsets, "torch"), offsets, null_experts)
-    del rows
-    before, after = _weights(weight, order, weighting)
-    wa = swiglu_forward(h if before is None else _scale(h, before), after)
-    out = gemm_forward(wa, down, offsets, "torch")
-    y = sum_slots(out, place, top_k, "torch", end_of_rows(offsets, null_experts))
-    return y, h if keep else h.new_empty(0)
+    lie = layout_of(x, offsets, len(order), null_experts > 0)
+    slot = lie.spread(order)
+    h = lie.blank(lie.product(x.index_select(0, slot // top_k), gate_up.mT))
+    before, after = _weights(weight, slot, weighting)
+    wa = swiglu_forward(h if before is None else _scale(h, before), after)  # 0 where h is
+    out = lie.blank(lie.product(wa, down.mT))
+    return sum_slots(out, lie.slots(place), top_k, "torch"), lie.gather(h) if keep else h.new_empty(0)
 
 
 def backward(
@@ -51,10 +50,12 @@ def backward(
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
     need_x, need_gate_up, need_down, _ = need
     top_k = weight.shape[1]
-    token = order // top_k
+    lie = layout_of(x, offsets, len(order), null_experts > 0)
+    slot, h = lie.spread(order), lie.spread(h)
+    token = slot // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
-    q = _clear_nulls(gemm_dgrad(dy_rows, down, offsets, "torch"), offsets, null_experts)
-    before, after = _weights(weight, order, weighting)
+    q = lie.blank(lie.product(dy_rows, down))
+    before, after = _weights(weight, slot, weighting)
     dh, wa, dw_rows = swiglu_backward(q, h if before is None else _scale(h, before), after)
     del q
     if before is not None:
@@ -62,17 +63,16 @@ def backward(
         dh = _scale(dh, before)
     elif weighting == "none":
         dw_rows.zero_()
-    d_down = gemm_wgrad(dy_rows, wa, offsets, down.dtype, "torch") if need_down else down.new_empty(0)
+    d_down = lie.wgrad(dy_rows, lie.blank(wa), down.dtype) if need_down else down.new_empty(0)
     del dy_rows, wa
     d_weight = torch.empty(weight.numel(), dtype=torch.float32, device=x.device)
-    d_weight[order] = dw_rows
-    d_gate_up = gate_up.new_empty(0)
+    d_weight[order] = lie.gather(lie.blank(dw_rows))
+    d_gate_up, d_x = gate_up.new_empty(0), x.new_empty(0)
     if need_gate_up:
-        d_gate_up = gemm_wgrad(dh, x.index_select(0, token), offsets, gate_up.dtype, "torch")
-    d_x = x.new_empty(0)
+        d_gate_up = lie.wgrad(dh, x.index_select(0, token), gate_up.dtype)
     if need_x:
-        d_rows = gemm_dgrad(dh, gate_up, offsets, "torch")
-        d_x = sum_slots(d_rows, place, top_k, "torch", end_of_rows(offsets, null_experts))
+        d_rows = lie.blank(lie.product(dh, gate_up))
+        d_x = sum_slots(d_rows, lie.slots(place), top_k, "torch")
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 
@@ -85,12 +85,3 @@ def _weights(weight: Tensor, order: Tensor, weighting: str) -> tuple[Tensor | No
 def _scale(h: Tensor, weight: Tensor) -> Tensor:
     """Each row times its weight, in fp32 and rounded once."""
     return torch.mul(h, weight.unsqueeze(1), out=torch.empty_like(h))
-
-
-def _clear_nulls(rows: Tensor, offsets: Tensor, null_experts: int) -> Tensor:
-    """`rows` with those behind the last group set to 0: no product has written them. In place; no sync on CUDA."""
-    if null_experts and rows.device.type == "cpu":
-        rows[int(offsets[-1]) :] = 0
-    elif null_experts:
-        rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= offsets[-1]).unsqueeze(1), 0)
-    return rows

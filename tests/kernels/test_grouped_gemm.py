@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import KernelError, grouped_gemm
-from moe_kernels.gemm import gemm_forward, gemm_wgrad
 from moe_kernels.gemm_triton import as_it_lies
 
 # rows of each expert, inputs, outputs
@@ -53,32 +51,6 @@ def test_matches_the_loop(place: Any, leaf: Callable[..., Tensor], case: str) ->
     place.agree("dw", w64.grad, w.grad)
     for e, n in enumerate(rows):
         assert n or not w.grad[e].any()
-
-
-class Products(TorchDispatchMode):
-    """Remembers the shapes that were multiplied while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[tuple[torch.Size, torch.Size]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out):
-            self.shapes.add((args[0].shape, args[1].shape))
-        return func(*args, **(kwargs or {}))
-
-
-def test_rows_are_multiplied_in_few_shapes() -> None:
-    """oneDNN compiles its bf16 product for every shape, and 60 experts of 1 to 60 rows need two."""
-    rows = list(range(1, 61))
-    x, w = torch.randn(sum(rows), 16), torch.randn(60, 8, 16)
-    offsets = offsets_of(rows, "cpu")
-    with Products() as seen:
-        y = gemm_forward(x.bfloat16(), w, offsets, "torch")
-        dw = gemm_wgrad(y, x.bfloat16(), offsets, torch.float32, "torch")
-    assert {shape[0] for shape, _ in seen.shapes if shape[1] == 16} == {32, 64}
-    assert {shape[1] for shape, _ in seen.shapes if shape[0] == 8} == {32, 64}
-    assert dw.dtype == torch.float32
 
 
 def test_worked_example(place: Any) -> None:
