@@ -122,6 +122,23 @@ def test_with_the_same_micro_batches_it_is_one_process_bit_for_bit(launches: Any
         assert far(ours[STEPS], theirs[STEPS]) == 0
 
 
+@pytest.mark.parametrize("sharded", ["zero2", "zero3"])
+def test_products_in_8_bits_are_those_of_one_process(launches: Any, sharded: str) -> None:
+    """Weights are quantised where they are multiplied, whoever holds them between steps: bit for bit again."""
+    words = (*EVEN, "train.max_steps=3", "train.keep_checkpoints=3", "train.precision=fp8")
+    found = {}
+    for name, engine in ((f"fp8-beside-{sharded}", None), (f"fp8-{sharded}", sharded)):
+        said = (f"run.name={name}", *words, *(() if engine else ("train.micro_batch_size=2",)))
+        done = launches.under(engine, RECIPE, *said)[0] if engine else launches.alone(RECIPE, *said)
+        assert done.returncode == 0, done.stderr
+        losses = [row["train/loss"] for row in launches.rows(name) if "train/loss" in row]
+        found[name] = losses, load_file(launches.run(name) / "checkpoints/step_00000003/model.safetensors")
+    (want, weights), (losses, found_weights) = found.values()
+    assert len(want) == 3
+    assert losses == want
+    assert far(found_weights, weights) == 0
+
+
 def test_one_tracker_and_one_ledger(launches: Any, engine: str, two: Run) -> None:
     """W&B is opened by the first rank; one process reads this host's sensors, and its hours count once."""
     run: Path = launches.run(engine)
