@@ -9,6 +9,7 @@ cost of its whole lineage. `branch.json` says which part of that the trunk has t
 Whoever adds up the runs of a programme counts `shared` once.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,8 +31,8 @@ __all__ = ["branch"]
 def branch(trunk: RunDir, step: int, decay_steps: int, name: str | None = None) -> RunDir:
     """Make the run `name`, beside `trunk`, that goes on from its checkpoint of `step` and decays over `decay_steps`.
 
-    The trunk may still be training; it is only read. Checkpoint files are hard links where the disk has them. Counted
-    are the joules up to the trunk's last reading before the checkpoint, a few seconds earlier at most.
+    The trunk may still be training; it is only read. Checkpoint files and tokens are hard links where the disk has
+    them. Counted are the joules up to the trunk's last reading before the checkpoint, a few seconds earlier at most.
 
     Raises ConfigError for steps, a name or a schedule that do not fit, CheckpointError for a checkpoint that is not
     there or damaged, CompareError and LedgerError when the trunk's files cannot be read.
@@ -97,6 +98,8 @@ def _fill(run: RunDir, trunk: RunDir, checkpoint: Path, state: dict[str, Any]) -
         verify(Path(shutil.copytree(checkpoint, run.checkpoints / checkpoint.name, copy_function=_link)))
     except (shutil.Error, FileNotFoundError, CheckpointError):
         raise CheckpointError(f"{checkpoint} was deleted while it was copied; branch from a newer one") from None
+    with contextlib.suppress(shutil.Error, FileNotFoundError):  # not there, or being replaced: the branch makes its own
+        shutil.copytree(trunk.tokens, run.tokens, copy_function=_link)
     for file in (trunk.data, trunk.tokenizer, trunk.tokenizer_config):
         if file.is_file():  # a run on tokens of a hook's own has no tokenizer
             shutil.copyfile(file, run.root / file.name)
@@ -120,7 +123,7 @@ def _fill(run: RunDir, trunk: RunDir, checkpoint: Path, state: dict[str, Any]) -
 
 
 def _link(source: str, target: str) -> None:
-    """Checkpoints are replaced and deleted, never written into, so two runs may have the same file."""
+    """Checkpoints and tokens are replaced and deleted, never written into, so two runs may have the same file."""
     try:
         os.link(source, target)
     except OSError:

@@ -65,6 +65,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_branch_has_the_tokens_of_its_trunk(place: Path) -> None:
+    """The same files, and its training made none anew: what they are of is checked, as at every start."""
+    trunk, mine = (
+        {path.relative_to(run / "tokens"): path.stat().st_ino for path in (run / "tokens").rglob("*") if path.is_file()}
+        for run in (place / "runs/trunk", place / "runs/trunk-at-15")
+    )
+    assert len(trunk) >= 4
+    assert mine == trunk
+
+
 def _rows(run: Path) -> dict[int, dict[str, Any]]:
     return {row["train/step"]: row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row}
 
