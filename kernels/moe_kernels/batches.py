@@ -19,9 +19,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Batches"]
+__all__ = ["STEP", "Batches"]
 
-_STEP = 32
+STEP = 32
 _MOST = 16
 _SURPLUS = 1.1
 
@@ -85,7 +85,8 @@ class Batches:
         if self._idle:
             dw[self._idle] = 0
         for experts, slots, shape in self._pieces:
-            some = torch.bmm(dy[slots].view(shape).mT, x[slots].view(shape))
+            some = dy.new_empty(len(experts), *dw.shape[1:])
+            torch.bmm(dy[slots].view(shape).mT, x[slots].view(shape), out=some)
             torch._foreach_copy_([dw[expert] for expert in experts], some.unbind())
         return dw
 
@@ -93,7 +94,7 @@ class Batches:
 def _batches(loads: list[int]) -> list[tuple[list[int], int]]:
     """(experts, slots of each) of every batch, of the number of rows of each expert; as many as a power of two, so that
     few shapes occur."""
-    room = {expert: -(-load // _STEP) * _STEP for expert, load in enumerate(loads) if load}
+    room = {expert: -(-load // STEP) * STEP for expert, load in enumerate(loads) if load}
     left = sorted(room, key=lambda expert: room[expert])
     found = []
     while left:

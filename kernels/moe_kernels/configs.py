@@ -34,8 +34,8 @@ __all__ = [
     "config_for",
     "families",
     "few_programs",
-    "lacks_fp8",
     "n_programs",
+    "obstacle_to_fp8",
     "row_block",
 ]
 
@@ -172,12 +172,13 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def lacks_fp8(device: torch.device) -> str | None:
-    """What the device lacks for products in 8 bits, to end a sentence with; None when it has them."""
+def obstacle_to_fp8(device: torch.device) -> str | None:
+    """Why products in 8 bits cannot run there, to end a sentence with; None when they can."""
     found = capability_of(device)
     if found >= FP8_CAPABILITY:
         return None
-    return f"needs compute capability 8.9 or newer, and {device} has {found[0]}.{found[1]}"
+    needed, there = (".".join(map(str, pair)) for pair in (FP8_CAPABILITY, found))
+    return f"needs compute capability {needed} or newer, and {device} has {there}"
 
 
 _FEW = 3  # multiprocessors: some programs with several tiles, and not all with as many

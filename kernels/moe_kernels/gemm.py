@@ -47,7 +47,7 @@ def grouped_gemm(x_RI: Tensor, w_EOI: Tensor, offsets_E1: Tensor, *, backend: st
     return _grouped_gemm(x_RI, w_EOI, offsets_E1, resolve(backend, x_RI.device, "grouped_gemm", x_RI.dtype))
 
 
-# by backend; what the library ops of this package are built from
+# by backend
 
 
 def gemm_forward(x: Tensor, w: Tensor, offsets: Tensor, backend: str) -> Tensor:

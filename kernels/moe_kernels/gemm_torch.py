@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .batches import Batches
+from .batches import STEP, Batches
 
 __all__ = ["Groups", "dgrad", "forward", "layout_of", "wgrad"]
 
@@ -45,13 +45,14 @@ class Groups:
         """x[r] @ w[e(r)] of x (S, I) and w (E, I, O); anything in the slots that are no product's."""
         if x.is_cuda:
             w = w.to(x.dtype)
+        if not (w.is_contiguous() or w.mT.is_contiguous()):
+            w = w.contiguous()
         if _fits_grouped_mm(x, w if w.is_contiguous() else w.mT):
             return torch.nn.functional.grouped_mm(x, w, offs=self._offsets[1:])
         y = x.new_empty(x.shape[0], w.shape[2])
         for e, start, end in _groups(self._offsets):
-            torch.mm(
-                x[start:end], w[e].to(x.dtype), out=y[start:end]
-            )  # weights one by one, which then lie in the cache
+            # weights are cast one by one, which then lie in the cache; and autocast does not change what has an `out`
+            torch.mm(x[start:end], w[e].to(x.dtype), out=y[start:end])
         return y
 
     def wgrad(self, dy: Tensor, x: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -63,15 +64,16 @@ class Groups:
             return dw.to(out_dtype)
         dw = dy.new_empty(len(self._offsets) - 1, dy.shape[1], x.shape[1], dtype=out_dtype)
         dw.index_fill_(0, (self._offsets[1:] == self._offsets[:-1]).nonzero().squeeze(1), 0)
+        product = dy.new_empty(dw.shape[1:])
         for e, start, end in _groups(self._offsets):
-            dw[e] = dy[start:end].t() @ x[start:end]
+            dw[e] = torch.mm(dy[start:end].t(), x[start:end], out=product)
         return dw
 
 
 def layout_of(x: Tensor, offsets: Tensor, n_rows: int, nulls: bool) -> Groups | Batches:
     """How rows are to lie that are multiplied in the dtype of x and on its device. nulls: some may be no expert's."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and n_rows:
-        return Batches(offsets, n_rows)
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and n_rows >= STEP * (len(offsets) - 1):
+        return Batches(offsets, n_rows)  # fewer rows would be filled up to several times as many
     return Groups(offsets, nulls)
 
 
@@ -108,8 +110,8 @@ def dgrad(dy: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    lie = layout_of(x, offsets, len(x), x.device.type == "cpu")
-    return lie.gather(lie.blank(lie.product(lie.spread(x), w)))
+    lie = layout_of(x, offsets, len(x), False)
+    return lie.gather(lie.product(lie.spread(x), w))
 
 
 def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ from torch import Tensor
 from . import mlp_fp8, mlp_torch, mlp_triton
 from .agreement import Check, E, K, Side, T, normal, uniform, widths
 from .backend import register_check, resolve
-from .configs import FP8_CAPABILITY, families, lacks_fp8
+from .configs import FP8_CAPABILITY, families, obstacle_to_fp8
 from .dispatch import sort_rows
 from .errors import KernelError
 
@@ -120,7 +120,7 @@ def _check_fp8(x: Tensor, weighting: str, backend: str | None) -> None:
         )
     if weighting != "after":
         raise KernelError(f"fp8=True takes weighting='after' only, not {weighting!r}: use that, or fp8=False")
-    if x.is_cuda and backend != "torch" and (lack := lacks_fp8(x.device)):
+    if x.is_cuda and backend != "torch" and (lack := obstacle_to_fp8(x.device)):
         raise KernelError(f"fp8=True {lack}: use fp8=False")
 
 

@@ -25,10 +25,10 @@ def forward(
     """(y, h); h is empty unless `keep`."""
     top_k = weight.shape[1]
     lie = layout_of(x, offsets, len(order), null_experts > 0)
-    slot = lie.spread(order)
-    h = lie.blank(lie.product(x.index_select(0, slot // top_k), gate_up.mT))
-    before, after = _weights(weight, slot, weighting)
-    wa = swiglu_forward(h if before is None else _scale(h, before), after)  # 0 where h is
+    choice = lie.spread(order)
+    h = lie.blank(lie.product(x.index_select(0, choice // top_k), gate_up.mT))
+    before, after = _weights(weight, choice, weighting)
+    wa = swiglu_forward(h if before is None else _scale(h, before), after)
     out = lie.blank(lie.product(wa, down.mT))
     return sum_slots(out, lie.slots(place), top_k, "torch"), lie.gather(h) if keep else h.new_empty(0)
 
@@ -51,15 +51,15 @@ def backward(
     need_x, need_gate_up, need_down, _ = need
     top_k = weight.shape[1]
     lie = layout_of(x, offsets, len(order), null_experts > 0)
-    slot, h = lie.spread(order), lie.spread(h)
-    token = slot // top_k
+    choice, h = lie.spread(order), lie.spread(h)
+    token = choice // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
     q = lie.blank(lie.product(dy_rows, down))
-    before, after = _weights(weight, slot, weighting)
+    before, after = _weights(weight, choice, weighting)
     dh, wa, dw_rows = swiglu_backward(q, h if before is None else _scale(h, before), after)
     del q
     if before is not None:
-        dw_rows = torch.linalg.vecdot(dh.float(), h.float())
+        dw_rows = (dh.float() * h.float()).sum(-1)  # vecdot is in 16 bits under autocast
         dh = _scale(dh, before)
     elif weighting == "none":
         dw_rows.zero_()
@@ -76,9 +76,9 @@ def backward(
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
 
 
-def _weights(weight: Tensor, order: Tensor, weighting: str) -> tuple[Tensor | None, Tensor]:
-    """(of the row's input or None, of its output), fp32 (R,) each."""
-    rows = weight.float().flatten().index_select(0, order)
+def _weights(weight: Tensor, choice: Tensor, weighting: str) -> tuple[Tensor | None, Tensor]:
+    """(of the input of each slot or None, of its output), fp32 (S,) each."""
+    rows = weight.float().flatten().index_select(0, choice)
     return (None, rows) if weighting == "after" else (rows if weighting == "before" else None, torch.ones_like(rows))
 
 

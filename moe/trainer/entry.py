@@ -32,7 +32,7 @@ from moe.trainer.loop import Loop, Outcome
 from moe.trainer.metering import TrainingMeter
 from moe.trainer.signals import Stopped, StopRequest, leave
 from moe.trainer.start import Start, discard_later, find_start
-from moe_kernels.configs import lacks_fp8
+from moe_kernels.configs import obstacle_to_fp8
 
 __all__ = ["exit_with", "main", "train"]
 
@@ -173,7 +173,7 @@ def _loop(
 
 def _check_fp8(recipe: Recipe, device: torch.device) -> None:
     """Refuse what the device has no instructions for, before any text is read."""
-    if recipe.train.precision == "fp8" and recipe.model.is_moe and (lack := lacks_fp8(device)):
+    if recipe.train.precision == "fp8" and recipe.model.is_moe and (lack := obstacle_to_fp8(device)):
         recipe.train.fail("precision", f"{lack}; use bf16")
 
 

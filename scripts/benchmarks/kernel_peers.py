@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
 from moe_kernels import expert_mlp
-from moe_kernels.configs import lacks_fp8
+from moe_kernels.configs import obstacle_to_fp8
 
 __all__ = ["Contender", "find_peers", "grouped_mm_experts", "ours", "ours_in_fp8", "softmax_topk"]
 
@@ -58,7 +58,7 @@ def ours(inputs: Inputs, backend: str) -> Contender:
 def ours_in_fp8(inputs: Inputs, backend: str) -> Contender | None:
     """The same with 8-bit products; None, and a sentence, where the device has none."""
     i = inputs
-    if lack := lacks_fp8(torch.device(i.device)):
+    if lack := obstacle_to_fp8(torch.device(i.device)):
         note(f"fp8 is left out: it {lack}")
         return None
 

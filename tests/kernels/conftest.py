@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels.configs import lacks_fp8
+from moe_kernels.configs import obstacle_to_fp8
 
 # Largest error allowed, relative to the largest value of the fp64 reference. Inputs are scaled so that values are near
 # one; the bound leaves room for another order of summation (fp32) or for three roundings to the dtype between x and the
@@ -70,7 +70,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 def device_with_fp8(request: pytest.FixtureRequest) -> None:
     """Nothing on a GPU whose tensor cores take no E4M3."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
-    if on_gpu and torch.cuda.is_available() and (lack := lacks_fp8(torch.device("cuda"))):
+    if on_gpu and torch.cuda.is_available() and (lack := obstacle_to_fp8(torch.device("cuda"))):
         pytest.skip(lack)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_kernels import expert_mlp, mlp_torch
 from moe_kernels.batches import Batches
 from moe_kernels.dispatch import sort_rows
-from moe_kernels.gemm_torch import Groups
+from moe_kernels.gemm_torch import Groups, layout_of
 
 
 def offsets_of(rows: list[int]) -> Tensor:
@@ -70,14 +70,14 @@ def test_few_shapes_and_few_surplus_rows(sigma: float) -> None:
 def test_same_as_rows_in_groups(rows: list[int], weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both layouts give the same, but for the rounding of sums in another order; rows of no expert come last."""
     index = torch.arange(8).repeat_interleave(torch.tensor(rows))
-    index = torch.cat([index, torch.full((150 - len(index),), 8)])[torch.randperm(150)].view(75, 2)
+    index = torch.cat([index, torch.full((300 - len(index),), 8)])[torch.randperm(300)].view(150, 2)
     order, place, offsets = sort_rows(index, 9, None, "torch")
     given = [order, place, offsets[:9]]
-    x, dy = torch.randn(75, 40).bfloat16(), torch.randn(75, 40).bfloat16()
-    gate_up, down, weight = torch.randn(8, 48, 40) / 6, torch.randn(8, 40, 24) / 5, torch.rand(75, 2)
+    x, dy = torch.randn(150, 40).bfloat16(), torch.randn(150, 40).bfloat16()
+    gate_up, down, weight = torch.randn(8, 48, 40) / 6, torch.randn(8, 40, 24) / 5, torch.rand(150, 2)
     found = []
-    for layout in (lambda x, offsets, n_rows, nulls: Groups(offsets, nulls), mlp_torch.layout_of):
-        monkeypatch.setattr(mlp_torch, "layout_of", layout)
+    for layout in (Groups(given[2], True), Batches(given[2], 300)):
+        monkeypatch.setattr(mlp_torch, "layout_of", lambda *args, layout=layout: layout)
         y, h = mlp_torch.forward(x, gate_up, down, weight, *given, 1, weighting, True)
         grads = mlp_torch.backward(dy, x, gate_up, down, weight, h, *given, [True] * 4, 1, weighting)
         found.append((y, h, *grads))
@@ -88,16 +88,37 @@ def test_same_as_rows_in_groups(rows: list[int], weighting: str, monkeypatch: py
         assert n or not found[1][3][expert].any()
 
 
-def test_a_token_that_is_not_finite_spoils_its_experts_only() -> None:
+@pytest.mark.parametrize("token", [0, 136], ids=["first of its expert", "last, and repeated"])
+def test_a_token_that_is_not_finite_spoils_its_expert_only(token: int) -> None:
     """What fills an expert up is its own: NaN in one token reaches no other token, expert or weight."""
-    x = torch.randn(40, 16)
-    x[0] = torch.nan
+    x = torch.randn(140, 16)
+    x[token] = torch.nan
+    x.requires_grad_()
     gate_up, down = (torch.randn(4, *shape, requires_grad=True) for shape in ((16, 16), (16, 8)))
-    index = (torch.arange(40) % 4 + 1).unsqueeze(1)  # token 0 goes to expert 1; expert 0 has none, 4 is a null one
-    weight = torch.ones(40, 1, requires_grad=True)
+    index = (torch.arange(140) % 4 + 1).unsqueeze(1)  # both go to expert 1; expert 0 has no token, and 4 is a null one
+    weight = torch.ones(140, 1, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = expert_mlp(x, gate_up, down, index, weight, null_experts=1)
     y.float().sum().backward()
-    assert y.isnan().any(1).nonzero().flatten().tolist() == [0]
-    assert weight.grad.isnan().nonzero()[:, 0].tolist() == [0]
-    assert [bool(grad.isnan().any()) for grad in gate_up.grad] == [False, True, False, False]
+    for rows in (y, x.grad, weight.grad):
+        assert rows.isnan().any(1).nonzero().flatten().tolist() == [token]
+    for grads in (gate_up.grad, down.grad):
+        assert [bool(grad.isnan().any()) for grad in grads] == [False, True, False, False]
+
+
+def test_few_rows_are_not_filled_up() -> None:
+    """Below a step an expert, as when a model writes, or in other dtypes, rows lie as they are sorted."""
+    offsets, x = offsets_of([31, 33]), torch.randn(4, 8)
+    assert isinstance(layout_of(x.bfloat16(), offsets, 64, False), Batches)
+    assert isinstance(layout_of(x.bfloat16(), offsets, 63, False), Groups)
+    for other in (x, x.half()):
+        assert isinstance(layout_of(other, offsets, 64, False), Groups)
+
+
+def test_library_op_is_well_formed() -> None:
+    """Schema, fake implementation and autograd registration agree."""
+    x, weight = torch.randn(64, 8).bfloat16().requires_grad_(), torch.rand(64, 2, requires_grad=True)
+    gate_up, down = torch.randn(3, 12, 8, requires_grad=True), torch.randn(3, 8, 6, requires_grad=True)
+    index = torch.rand(64, 4).argsort(-1)[:, :2]
+    given = (x, gate_up, down, index, weight, None, 1, "after", False, True, "torch")
+    torch.library.opcheck(torch.ops.moe_kernels.expert_mlp.default, given)

@@ -84,6 +84,21 @@ def test_pre_activations_are_kept_for_a_backward_pass_only(place: Any, leaf: Cal
         assert shapes.of_h == shape
 
 
+@pytest.mark.parametrize("weighting", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backward_minds_no_autocast(place: Any, dtype: torch.dtype, weighting: Any) -> None:
+    """What ran outside a region of autocast has the same gradients when its backward pass is called inside one."""
+    x, gate_up, down = torch.randn(40, 14), torch.randn(3, 12, 14), torch.randn(3, 14, 6)
+    leaves = [t.to(place.device, dtype).requires_grad_() for t in (x, gate_up, down)]
+    index, weight = torch.rand(40, 3).argsort(-1)[:, :2].to(place.device), torch.rand(40, 2, device=place.device)
+    y = expert_mlp(*leaves, index, weight.requires_grad_(), weighting=weighting, backend=place.backend)
+    want = torch.autograd.grad(y, [*leaves, weight], y.detach(), retain_graph=True)
+    for other in (torch.bfloat16, torch.float16):
+        with torch.autocast(place.device, other):
+            got = torch.autograd.grad(y, [*leaves, weight], y.detach(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_autocast_keeps_fp32_masters(device: str) -> None:
     """Under autocast the result is bf16, equal to casting by hand, and gradients are fp32."""

@@ -77,6 +77,18 @@ def test_strided_inputs_and_expanded_gradients(place: Any) -> None:
     place.agree("dw", want, w.grad)
 
 
+def test_weights_of_any_strides_go_by_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of which neither side is contiguous: the loop would read the offsets on the host."""
+    product, calls = torch.nn.functional.grouped_mm, []
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *args, **more: calls.append(1) or product(*args, **more)
+    )
+    x, w, offsets = torch.randn(9, 8), torch.randn(4, 16, 24), offsets_of([4, 5], "cpu")
+    for given in (w[:2, :, :8], w[::2, :, :8], w[:1, :, :8].expand(2, -1, -1), w[:2, :8].mT[:, :16]):
+        torch.testing.assert_close(grouped_gemm(x, given, offsets), loop(x, given, [4, 5]))
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("case", ["odd", "tiles-of-64"])
 def test_equal_inputs_give_equal_bits(place: Any, leaf: Callable[..., Tensor], case: str) -> None:
     """No sum depends on which program came first: values and gradients of two runs are the same."""

@@ -293,6 +293,18 @@ def test_margins_of_the_self_check_lie_inside_their_bins(monkeypatch: pytest.Mon
     assert torch.equal(backend_module._checks["topk_route"].probe(here)["margins (margins)"], want)
 
 
+@pytest.mark.parametrize(
+    ("capability", "left_out"), [((8, 0), {"expert_mlp in fp8"}), ((8, 9), set()), ((9, 0), set())]
+)
+def test_what_a_device_cannot_do_is_not_checked(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], left_out: set[str]
+) -> None:
+    """An A100 has no products in 8 bits, and refuses them; all else is checked there."""
+    monkeypatch.setattr("moe_kernels.agreement.capability_of", lambda device: capability)
+    checks = backend_module.registered_checks()
+    assert {check.op for check in checks if not check.runs_on(torch.device("cuda"))} == left_out
+
+
 @pytest.mark.gpu
 def test_self_check_passes_on_this_gpu() -> None:
     """What a first use on this device runs."""

@@ -199,6 +199,7 @@ def test_peaks_are_known_by_the_drivers_names() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("NVIDIA H200 NVL", "bf16") == 835e12
+    assert peak_flops("NVIDIA H200", "fp8") == 989.4e12  # only the routed experts' products are in 8 bits
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp32") == 66.9e12
     assert peak_flops("NVIDIA L40S", "bf16") == 362.05e12
     assert peak_flops("NVIDIA L4", "bf16") == 121e12
