@@ -286,8 +286,8 @@ def test_a_living_run_is_watched_to_its_end(folder: Path, living: subprocess.Pop
     assert (watcher.returncode, error) == (0, "")
     *lines, last = said.splitlines()
     steps = [int(line.removeprefix("step ").partition("/")[0]) for line in lines]
-    assert len(steps) > 1
-    assert steps == sorted(set(steps))
+    assert len(set(steps)) > 1
+    assert steps == sorted(steps)  # one may be told again, when its checkpoint or evaluation comes a look later
     assert all(word in lines[-1] for word in ("loss ", " kWh", " tokens/s", " to go"))
     reached = json.loads(moe(folder, "show", "runs/living", "--json").stdout)["status"]["step"]
     assert last == f"runs/living is stopped at step {reached} of 100000"
