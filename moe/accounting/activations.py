@@ -75,9 +75,17 @@ class Part:
         # it reads the latent in place, so the rotary key that lies beside it is kept as well
         kept += self.tokens * config.qk_rope_head_dim * self.compute
         kept += self.tokens * rank * self.compute  # its output, read by kv_b_proj
-        # queries, keys, values and what is mixed of them, which o_proj reads (`moe.layers.causal`)
-        kept += self.tokens * heads * 2 * (config.qk_head_dim + config.value_head_dim) * self.compute
+        # queries, kv_b_proj's output, turned keys, and what is mixed, which o_proj reads (`moe.layers.causal`)
+        a_head = config.qk_head_dim + (config.qk_nope_head_dim + config.value_head_dim) + config.value_head_dim
+        kept += self.tokens * (heads * a_head + config.qk_rope_head_dim) * self.compute
+        if self._scores() <= self.length * a_head:
+            kept += self.sequences * heads * self._scores() * self.compute
         return kept + self.copied(attention_matrices(config))
+
+    def _scores(self) -> int:
+        """Of a head: whole rows up to the last key that any of 64 queries sees."""
+        steps, rest = divmod(self.length, 64)
+        return 64 * 64 * steps * (steps + 1) // 2 + rest * self.length
 
     def _grouped(self) -> int:
         config = self.config
@@ -93,9 +101,9 @@ class Part:
         return kept + self._attend(kv_heads) + self.copied(attention_matrices(config))
 
     def _attend(self, kv_heads: int) -> int:
-        """torch's fused attention's inputs and output, and o_proj's input, the output with a token's heads together."""
+        """torch's fused attention's inputs and output, which o_proj reads."""
         heads, width = self.config.num_attention_heads, self.config.qk_head_dim
-        return self.tokens * ((3 * heads + 2 * kv_heads) * width * self.compute + heads * FP32)  # and a logsumexp
+        return self.tokens * ((2 * heads + 2 * kv_heads) * width * self.compute + heads * FP32)  # and a logsumexp
 
     def _swiglu(self, width: int) -> int:
         """A dense feed-forward: input; gate, silu(gate), up and the product of the last two."""

@@ -120,8 +120,8 @@ class GroupedQueryAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if self.clip_qkv is not None:
             query, key, value = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (query, key, value))
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = apply_rotary(query, rotary, interleaved=False), apply_rotary(key, rotary, interleaved=False)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if memory is not None:
             end = memory.start + length
             memory.store[0, :, :, memory.start : end] = key

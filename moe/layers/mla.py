@@ -113,32 +113,28 @@ class MultiHeadLatentAttention(nn.Module):
         if rotary is None:
             positions = torch.arange(length, device=x_BSD.device)[None]
             rotary = rotary_tables(positions, self.rotary_dim, self.rope_theta, self.stretching)
-        query = self._query(x_BSD).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        query = self._query(x_BSD).view(batch, length, self.num_heads, -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x_BSD).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)
-        q_rope = apply_rotary(q_rope, rotary, interleaved=True)
-        k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, interleaved=True)
+        query = apply_rotary(query, rotary, interleaved=True)
+        k_rope = apply_rotary(k_rope.unsqueeze(2), rotary, interleaved=True).squeeze(2)
         if memory is not None:
             end = memory.start + length
-            memory.store[:, memory.start : end] = torch.cat((latent, k_rope.squeeze(1)), dim=-1)
+            memory.store[:, memory.start : end] = torch.cat((latent, k_rope), dim=-1)
         if memory is not None and memory.start > 0:
-            mixed = self._attend_absorbed(q_nope, q_rope, memory.store[:, :end], mask)
+            mixed = self._attend_absorbed(query, memory.store[:, :end], mask)
         else:
-            mixed = self._attend_expanded(q_nope, q_rope, latent, k_rope, mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+            mixed = self._attend_expanded(query, latent, k_rope, mask)
+        return self.o_proj(mixed.reshape(batch, length, -1))
 
-    def _attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Attention over keys and values of every head; (B, H, S, v_head_dim)."""
-        batch, heads, length, _ = q_nope.shape
-        expanded = self.kv_b_proj(latent).view(batch, length, heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
-        query = torch.cat((q_nope, q_rope), dim=-1)
-        key = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1)
+    def _attend_expanded(self, query: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over keys and values of every head; (B, S, H, v_head_dim)."""
+        expanded = self.kv_b_proj(latent).view(*query.shape[:3], -1)
         if query.device.type == "cpu" and mask is None:
-            return causal_attention(query, key, value, self.softmax_scale)
+            return causal_attention(query, expanded, k_rope, self.softmax_scale)
+        k_nope, value = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         if query.device.type == "cpu":
             # torch's fused attention takes one width only; unfused, it keeps every score and takes twice as long
             wider = self.v_head_dim - query.shape[-1]
@@ -148,15 +144,16 @@ class MultiHeadLatentAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
-        return mixed[..., : self.v_head_dim]
+        return mixed[..., : self.v_head_dim].transpose(1, 2)
 
-    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
-        """The same over stored latents (B, keys, C + R); (B, H, S, v_head_dim).
+    def _attend_absorbed(self, query: Tensor, stored: Tensor, mask: Tensor | None) -> Tensor:
+        """The same over stored latents (B, keys, C + R); (B, S, H, v_head_dim).
 
         A key is W_UK c, so q . (W_UK c) = (W_UK^T q) . c: the query goes into latent space once, and all heads read
         the one stored row. Likewise the values are mixed as latents and expanded once, after mixing.
         """
-        batch, heads, length, _ = q_nope.shape
+        batch, length, heads, _ = query.shape
+        q_nope, q_rope = query.transpose(1, 2).split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         up = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank)
         up_key, up_value = up.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         query = torch.cat((torch.matmul(q_nope, up_key.to(q_nope.dtype)), q_rope), dim=-1)
@@ -169,7 +166,7 @@ class MultiHeadLatentAttention(nn.Module):
         latents = stored[..., : self.kv_lora_rank].transpose(1, 2)
         mixed = torch.matmul(latents, weights.flatten(1, 2).transpose(1, 2)).transpose(1, 2)
         mixed = mixed.reshape(batch, heads, length, self.kv_lora_rank)
-        return torch.matmul(mixed, up_value.transpose(1, 2).to(mixed.dtype))
+        return torch.matmul(mixed, up_value.transpose(1, 2).to(mixed.dtype)).transpose(1, 2)
 
     def _query(self, x_BSD: Tensor) -> Tensor:
         if self.q_lora_rank is None:
