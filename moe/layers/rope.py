@@ -128,10 +128,10 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, interleaved: bool) -> Tensor:
     Interleaved input comes out with the pairs' first coordinates in front of their second: queries and keys are
     permuted alike, so their products are unchanged.
     """
-    tables = tuple(table.unsqueeze(-2) for table in rotary)
+    cos, sin = (table.unsqueeze(-2) for table in rotary)
     if torch.compiler.is_compiling():  # the compiler fuses both directions by itself
-        return _turn(x, *tables, interleaved)
-    return _Rotation.apply(x, *tables, interleaved)
+        return _turn(x, cos, sin, interleaved)
+    return _Rotation.apply(x, cos, sin, interleaved)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
