@@ -1,9 +1,10 @@
-"""What 8-bit products cost in loss: the quickstart trained in bf16 and in fp8 from the same seeds, and compared.
+"""What 8-bit products cost in loss: the quickstart trained in fp32, bf16 and fp8 from the same seeds, and compared.
 
     python scripts/benchmarks/fp8_loss.py [section.field=value …] [--steps N] [--seeds S …] [--out DIR]
 
-Both see the same batches from the same weights. Runs that are complete are not repeated, so it can be cut into pieces.
-Prints a table in Markdown: the last evaluation's loss, the gap of each seed and its mean, and how far seeds lie apart.
+All see the same batches from the same weights. Runs that are complete are not repeated, so it can be cut into pieces.
+Prints a table in Markdown: the last evaluation's loss; of each seed the gap of fp8 to bf16, and that of bf16 to fp32,
+which tells what rounding as such does; their means, and how far seeds lie apart.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from moe.trainer import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
-PRECISIONS = ("bf16", "fp8")
+PRECISIONS = ("fp32", "bf16", "fp8")
 
 
 def final_loss(recipe: Recipe) -> float:
@@ -37,15 +38,20 @@ def final_loss(recipe: Recipe) -> float:
 
 def table(found: dict[int, dict[str, float]]) -> str:
     """Losses by seed and precision, as the record has them."""
-    lines = ["| seed | bf16 | fp8 | gap |", "|---|---:|---:|---:|"]
-    gaps = []
-    for seed, loss in found.items():
-        gaps.append(loss["fp8"] / loss["bf16"] - 1)
-        lines.append(f"| {seed} | {loss['bf16']:.4f} | {loss['fp8']:.4f} | {gaps[-1]:+.2%} |")
-    means = [statistics.mean(loss[precision] for loss in found.values()) for precision in PRECISIONS]
-    lines.append(f"| mean | {means[0]:.4f} | {means[1]:.4f} | {statistics.mean(gaps):+.2%} |")
+    lines = ["| seed | fp32 | bf16 | fp8 | bf16 to fp32 | fp8 to bf16 |", "|---|---:|---:|---:|---:|---:|"]
+    rows = [
+        (
+            *(loss[precision] for precision in PRECISIONS),
+            loss["bf16"] / loss["fp32"] - 1,
+            loss["fp8"] / loss["bf16"] - 1,
+        )
+        for loss in found.values()
+    ]
+    means = tuple(statistics.mean(column) for column in zip(*rows, strict=True))
+    for name, (*losses, rounding, gap) in zip([*found, "mean"], [*rows, means], strict=True):
+        lines.append(f"| {name} | {' | '.join(f'{loss:.4f}' for loss in losses)} | {rounding:+.2%} | {gap:+.2%} |")
     plain = [loss["bf16"] for loss in found.values()]
-    lines.append(f"\nSeeds in bf16 lie {(max(plain) - min(plain)) / means[0]:.2%} apart.")
+    lines.append(f"\nSeeds in bf16 lie {(max(plain) - min(plain)) / min(plain):.2%} apart.")
     return "\n".join(lines)
 
 
