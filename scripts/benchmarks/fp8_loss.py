@@ -4,7 +4,7 @@
 
 All see the same batches from the same weights. Runs that are complete are not repeated, so it can be cut into pieces.
 Prints a table in Markdown: the last evaluation's loss; of each seed the gap of fp8 to bf16, and that of bf16 to fp32,
-which tells what rounding as such does; their means, and how far seeds lie apart.
+which tells what rounding as such does; their means and standard errors, and how far seeds lie apart.
 """
 
 import argparse
@@ -47,11 +47,15 @@ def table(found: dict[int, dict[str, float]]) -> str:
         )
         for loss in found.values()
     ]
-    means = tuple(statistics.mean(column) for column in zip(*rows, strict=True))
+    columns = list(zip(*rows, strict=True))
+    means = tuple(statistics.mean(column) for column in columns)
     for name, (*losses, rounding, gap) in zip([*found, "mean"], [*rows, means], strict=True):
         lines.append(f"| {name} | {' | '.join(f'{loss:.4f}' for loss in losses)} | {rounding:+.2%} | {gap:+.2%} |")
     plain = [loss["bf16"] for loss in found.values()]
     lines.append(f"\nSeeds in bf16 lie {(max(plain) - min(plain)) / min(plain):.2%} apart.")
+    if len(rows) > 1:
+        rounding, gap = (statistics.stdev(column) / len(rows) ** 0.5 for column in columns[-2:])
+        lines.insert(-1, f"| standard error | | | | {rounding:.2%} | {gap:.2%} |")
     return "\n".join(lines)
 
 
