@@ -78,14 +78,7 @@ class Part:
         # queries, kv_b_proj's output, turned keys, and what is mixed, which o_proj reads (`moe.layers.causal`)
         a_head = config.qk_head_dim + (config.qk_nope_head_dim + config.value_head_dim) + config.value_head_dim
         kept += self.tokens * (heads * a_head + config.qk_rope_head_dim) * self.compute
-        if self._scores() <= self.length * a_head:
-            kept += self.sequences * heads * self._scores() * self.compute
         return kept + self.copied(attention_matrices(config))
-
-    def _scores(self) -> int:
-        """Of a head: whole rows up to the last key that any of 64 queries sees."""
-        steps, rest = divmod(self.length, 64)
-        return 64 * 64 * steps * (steps + 1) // 2 + rest * self.length
 
     def _grouped(self) -> int:
         config = self.config

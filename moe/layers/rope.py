@@ -7,7 +7,6 @@ neighbours (0,1), (2,3), … (DeepSeek; `interleaved=True`) and halves (0,d/2), 
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,33 +128,8 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, interleaved: bool) -> Tensor:
     permuted alike, so their products are unchanged.
     """
     cos, sin = (table.unsqueeze(-2) for table in rotary)
-    if torch.compiler.is_compiling():  # the compiler fuses both directions by itself
-        return _turn(x, cos, sin, interleaved)
-    return _Rotation.apply(x, cos, sin, interleaved)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     plain, turned = x.tensor_split((x.shape[-1] - 2 * cos.shape[-1],), dim=-1)
     wide = turned.float()
     first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat((plain, *(half.to(x.dtype) for half in pair)), dim=-1)
-
-
-class _Rotation(torch.autograd.Function):
-    """The same, whose gradient is the rotation back: taken from torch, it is zeros and copies for every half."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.interleaved = interleaved
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, interleaved)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        plain, turned = dy.tensor_split((dy.shape[-1] - 2 * cos.shape[-1],), dim=-1)
-        first, second = turned.float().chunk(2, dim=-1)
-        pair = (first * cos + second * sin, second * cos - first * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if ctx.interleaved else torch.cat(pair, dim=-1)
-        return torch.cat((plain, turned.to(dy.dtype)), dim=-1), None, None, None

@@ -36,8 +36,6 @@ CASES: dict[str, tuple[ModelConfig, int, int, Literal["fp32", "bf16", "fp8"], in
     "latent, bf16": (MLA, 3, 40, "bf16", 0),
     "latent, fp8": (MLA, 3, 40, "fp8", 0),
     "latent, one sequence": (MLA, 1, 128, "fp32", 0),
-    "latent, scores kept": (MLA.replace(qk_nope_head_dim=64, v_head_dim=32), 2, 150, "fp32", 0),
-    "latent, scores kept, bf16, recomputed": (MLA.replace(v_head_dim=80), 2, 128, "bf16", 1),
     "latent, low-rank queries": (LOW_RANK, 2, 64, "fp32", 0),
     "latent, low-rank queries, bf16": (LOW_RANK, 4, 32, "bf16", 0),
     "latent, values wider than queries": (MLA.replace(v_head_dim=24), 2, 64, "fp32", 0),
