@@ -128,7 +128,7 @@ class GroupedQueryAttention(nn.Module):
             memory.store[1, :, :, memory.start : end] = value
             key, value = memory.store[:, :, :, :end].unbind()
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None and length == key.shape[2],
+            query, key, value, attn_mask=mask, is_causal=mask is None and (memory is None or memory.start == 0),
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # fmt: skip
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))

@@ -136,6 +136,18 @@ def test_compiled(case: str) -> None:
         _assert_same(found, wanted, within=0.05 if mixed else None)  # bf16 has three digits, and sums cancel
 
 
+@pytest.mark.parametrize("case", ["mla", "gqa"])
+def test_attention_over_any_length_is_one_graph(case: str) -> None:
+    """A length that the compiler does not know asks for no decision in Python."""
+    torch.manual_seed(0)
+    layer = CASES[case][0]()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (10, 13):
+            x = torch.randn(2, length, D)
+            torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_checkpointed(case: str, reentrant: bool) -> None:
