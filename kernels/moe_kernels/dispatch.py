@@ -23,6 +23,7 @@ running one-hot count of the block (R E steps, four times as many at E = 512) wo
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +64,11 @@ def sort_by_expert(
 
 def _sort_torch(index: Tensor, n_experts: int, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     flat = index.flatten()
-    # Two-byte keys sort in 0.7 ms where eight-byte ones take 1.7 ms (262k rows, CPU).
     keys = flat.to(torch.int16) if n_experts <= 2**15 else flat
-    order = keys.argsort(stable=True).to(torch.int32)
+    if keys.device.type == "cpu":  # numpy sorts two bytes by radix: 12k rows in 0.03 ms where torch takes 0.38
+        order = torch.from_numpy(np.argsort(keys.numpy(), kind="stable")).to(torch.int32)
+    else:
+        order = keys.argsort(stable=True).to(torch.int32)
     if counts is None:
         counts = torch.zeros(n_experts, dtype=torch.int32, device=index.device)
         counts.scatter_add_(0, flat.long(), torch.ones(flat.numel(), dtype=torch.int32, device=index.device))

@@ -32,16 +32,16 @@ def swiglu_forward(h: Tensor, w: Tensor) -> Tensor:
 
 
 def swiglu_backward(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh (R, 2F), wa (R, F), dw (R,) fp32) of contiguous q (R, F), h (R, 2F) and fp32 w (R,)."""
-    dh, wa, dw = torch.empty_like(h), torch.empty_like(q), torch.empty_like(w)
+    """(dh (R, 2F), wa (R, F), dw (R,) fp32) of contiguous q (R, F), h (R, 2F) and fp32 w (R,); wa lies where q lay."""
+    dh, wa, dw = torch.empty_like(h), q, torch.empty_like(w)
     for rows in _blocks(h):
         gate, up = (half.float() for half in h[rows].chunk(2, dim=-1))
         d_gate, d_up = dh[rows].chunk(2, dim=-1)
         s, w_rows = silu(gate), w[rows, None]
         a, q_rows = s * up, q[rows].float()
-        torch.mul(a, w_rows, out=wa[rows])
-        torch.sum(a.mul_(q_rows), -1, out=dw[rows])
+        torch.sum(a * q_rows, -1, out=dw[rows])
         da = q_rows * w_rows
+        torch.mul(a, w_rows, out=wa[rows])  # the last that needs these rows of q has been
         torch.mul(s, da, out=d_up)
         torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
     return dh, wa, dw
