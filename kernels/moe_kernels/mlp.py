@@ -22,21 +22,24 @@ With weighting="before" the weight scales x instead of a: gate and up are w_r h_
 factor w_r, and dw_r = dh_r . h_r with the dh_r before that factor. With "none" there is no weight.
 Letters: T tokens, D model, F hidden, E experts, K top-k, R = T*K rows sorted by expert (see `dispatch.py`).
 
-`mlp_torch.py` is the reference, `mlp_triton.py` launches the kernels, in which rows are gathered and activated, and
-`mlp_fp8.py` multiplies in 8 bits. Here rows are sorted, for all three, and the library op is made of them.
+`mlp_torch.py` is the reference, `mlp_batches.py` the way of bf16 on a CPU, `mlp_triton.py` launches the kernels, in
+which rows are gathered and activated, and `mlp_fp8.py` multiplies in 8 bits. Here rows are sorted, for all of them, and
+the library op is made of them.
 
 Example: D = F = 1, T = 1, K = 2, x = 1, silu(gate) * up = 2 and 3, down = 10 and 20, weights 0.5 and 0.25 ->
 y = 10*(0.5*2) + 20*(0.25*3) = 25.
 """
 
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import mlp_fp8, mlp_torch, mlp_triton
+from . import mlp_batches, mlp_fp8, mlp_torch, mlp_triton
 from .agreement import Check, E, K, Side, T, normal, uniform, widths
 from .backend import register_check, resolve
+from .batches import Batches
 from .configs import FP8_CAPABILITY, families, obstacle_to_fp8
 from .dispatch import sort_rows
 from .errors import KernelError
@@ -153,8 +156,7 @@ def _expert_mlp(
     if fp8:
         y, h = mlp_fp8.forward(*given, keep, backend)
     else:
-        run = mlp_triton.forward if backend == "triton" else mlp_torch.forward
-        y, h = run(*given, weighting, keep)
+        y, h = _path(backend, x, order, offsets).forward(*given, weighting, keep)
     return y, h, order, place, offsets
 
 
@@ -203,8 +205,7 @@ def _expert_mlp_backward(
     given = (dy, x, gate_up, down, weight, h, order, place, offsets, need, null_experts)
     if fp8:
         return mlp_fp8.backward(*given, backend)
-    run = mlp_triton.backward if backend == "triton" else mlp_torch.backward
-    return run(*given, weighting)
+    return _path(backend, x, order, offsets).backward(*given, weighting)
 
 
 @_expert_mlp_backward.register_fake
@@ -254,6 +255,13 @@ def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple:
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _path(backend: str, x: Tensor, order: Tensor, offsets: Tensor) -> ModuleType:
+    """Where forward and backward are."""
+    if backend == "triton":
+        return mlp_triton
+    return mlp_batches if Batches.fit(x, offsets, len(order)) else mlp_torch
 
 
 # self-check

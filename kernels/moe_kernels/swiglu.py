@@ -13,7 +13,10 @@ Example: h = [0 | 3], w = 0.5 -> wa = 0; with q = 2: dw = 0, dgate = 0.5 * 2 * 3
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+
+from .scratch import Scratch
+
+aten = torch.ops.aten
 
 __all__ = ["swiglu_backward", "swiglu_forward"]
 
@@ -22,29 +25,42 @@ __all__ = ["swiglu_backward", "swiglu_forward"]
 _ROWS = 2048
 
 
-def swiglu_forward(h: Tensor, w: Tensor) -> Tensor:
-    """wa (R, F) of contiguous h (R, 2F) and fp32 w (R,)."""
-    wa = h.new_empty(h.shape[0], h.shape[1] // 2)
+def swiglu_forward(h: Tensor, w: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """wa (R, F) of contiguous h (R, 2F) and fp32 w (R,); it is the buffer "wa" of `scratch`, if that is given."""
+    scratch = scratch or Scratch(h.device)
+    wa = scratch("wa", (h.shape[0], h.shape[1] // 2), h.dtype)
     for rows in _blocks(h):
-        gate, up = (half.float() for half in h[rows].chunk(2, dim=-1))
-        torch.mul(silu(gate).mul_(up), w[rows, None], out=wa[rows])
+        gate, up = (_wide(half, scratch, name) for half, name in zip(h[rows].chunk(2, -1), ("gate", "up"), strict=True))
+        a = scratch("a", gate.shape, torch.float32)
+        aten.silu.out(gate, out=a)
+        wa[rows] = a.mul_(up).mul_(w[rows, None])
     return wa
 
 
-def swiglu_backward(q: Tensor, h: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh (R, 2F), wa (R, F), dw (R,) fp32) of contiguous q (R, F), h (R, 2F) and fp32 w (R,); wa lies where q lay."""
-    dh, wa, dw = torch.empty_like(h), q, torch.empty_like(w)
+def swiglu_backward(q: Tensor, h: Tensor, w: Tensor, scratch: Scratch | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh (R, 2F), wa (R, F), dw (R,) fp32) of contiguous q (R, F), h (R, 2F) and fp32 w (R,).
+
+    wa lies where q lay; dh is the buffer "dh" of `scratch`, if that is given.
+    """
+    scratch = scratch or Scratch(h.device)
+    dh, wa, dw = scratch("dh", h.shape, h.dtype), q, torch.empty_like(w)
     for rows in _blocks(h):
-        gate, up = (half.float() for half in h[rows].chunk(2, dim=-1))
-        d_gate, d_up = dh[rows].chunk(2, dim=-1)
-        s, w_rows = silu(gate), w[rows, None]
-        a, q_rows = s * up, q[rows].float()
-        torch.sum(a * q_rows, -1, out=dw[rows])
-        da = q_rows * w_rows
-        torch.mul(a, w_rows, out=wa[rows])  # the last that needs these rows of q has been
-        torch.mul(s, da, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=d_gate)
+        gate, up = (_wide(half, scratch, name) for half, name in zip(h[rows].chunk(2, -1), ("gate", "up"), strict=True))
+        d_gate, d_up = dh[rows].chunk(2, -1)
+        s, a, da = (scratch(name, gate.shape, torch.float32) for name in ("s", "a", "da"))
+        q_rows, w_rows = _wide(q[rows], scratch, "q"), w[rows, None]
+        torch.mul(aten.silu.out(gate, out=s), up, out=a)
+        torch.sum(torch.mul(a, q_rows, out=da), -1, out=dw[rows])
+        torch.mul(q_rows, w_rows, out=da)
+        wa[rows] = a.mul_(w_rows)  # the last that needs these rows of q has been
+        d_up.copy_(s.mul_(da))
+        d_gate.copy_(aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=a))
     return dh, wa, dw
+
+
+def _wide(values: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """The same in fp32; themselves where they are."""
+    return values if values.dtype == torch.float32 else scratch(name, values.shape, torch.float32).copy_(values)
 
 
 def _blocks(h: Tensor) -> list[slice]:
