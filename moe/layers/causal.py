@@ -21,8 +21,8 @@ from torch import Tensor
 
 __all__ = ["causal_attention"]
 
-_QUERIES = 64  # of each head at a time
-_SCORES = 2**19  # about how many there are at a time: fewer leave two cores idle in bf16, more fall out of the cache
+_QUERIES = 128  # of each head at a time
+_SCORES = 2**20  # about how many there are at a time: fewer leave two cores idle in bf16, more fall out of the cache
 
 
 def causal_attention(query: Tensor, expanded: Tensor, k_rope: Tensor, scale: float) -> Tensor:

@@ -22,7 +22,8 @@ __all__ = ["IGNORED", "OutputHead", "next_token_labels"]
 
 IGNORED = -100  # the label of a position without a loss, as in torch and Hugging Face
 _CHUNK_LOGITS = 2**27  # half a GB in fp32: some thousand rows of a large vocabulary keep a GPU's matrix units busy
-_CPU_ROWS = 256  # a CPU works on a chunk in its cache, unless the vocabulary is large; fewer rows make slow products
+_CPU_ROWS = 512  # of a CPU's products: fewer make them slow, and the weight's gradient is read and written more often
+_CPU_LOGITS = 2**17  # a CPU takes the softmax of so many at a time, in its cache
 
 
 class OutputHead(nn.Linear):
@@ -69,7 +70,9 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of losses, its gradient by hidden, by weight); gradients that are not needed are empty."""
-    rows = _CPU_ROWS if hidden.device.type == "cpu" else max(1, _CHUNK_LOGITS // weight.shape[0])
+    on_cpu = hidden.device.type == "cpu"
+    rows = _CPU_ROWS if on_cpu else max(1, _CHUNK_LOGITS // weight.shape[0])
+    few = max(torch.get_num_threads(), _CPU_LOGITS // weight.shape[0]) if on_cpu else rows
     matrix = weight.to(hidden.dtype)
     total = hidden.new_zeros((), dtype=torch.float32)
     d_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
@@ -78,22 +81,22 @@ def _linear_cross_entropy(
     d_weight = torch.zeros(weight.shape if need_weight else 0, dtype=summed, device=weight.device)
     for first in range(0, hidden.shape[0], rows):
         chunk, label = hidden[first : first + rows], labels[first : first + rows]
+        logits = chunk @ matrix.t()
         scored = (label != IGNORED).unsqueeze(1)
         target = torch.where(scored, label.unsqueeze(1), 0)
-        log_p = F.log_softmax(chunk @ matrix.t(), 1, dtype=torch.float32)
-        total -= torch.where(scored, log_p.gather(1, target), 0.0).sum()
-        if not (need_hidden or need_weight):
-            continue
-        d_logits = log_p.exp_()
-        d_logits.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=torch.float32)).mul_(scored)
-        d_logits = d_logits.to(hidden.dtype)
+        for some, at, counts in zip(logits.split(few), target.split(few), scored.split(few), strict=True):
+            log_p = F.log_softmax(some, 1, dtype=torch.float32)
+            total -= torch.where(counts, log_p.gather(1, at), 0.0).sum()
+            if need_hidden or need_weight:  # logits become their gradient, of positions without a loss too
+                some.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1.0, dtype=torch.float32)))
+            del log_p
         if need_hidden:
-            torch.mm(d_logits, matrix, out=d_hidden[first : first + rows])
+            torch.mm(logits, matrix, out=d_hidden[first : first + rows]).mul_(scored)
         if need_weight and d_weight.dtype == hidden.dtype:
-            d_weight.addmm_(d_logits.t(), chunk)
+            d_weight.addmm_(logits.t(), chunk * scored)
         elif need_weight:
-            d_weight += d_logits.t() @ chunk
-        del log_p, d_logits  # before the next chunk's are made
+            d_weight += logits.t() @ (chunk * scored)
+        del logits  # before the next chunk's are made
     return total, d_hidden, d_weight.to(weight.dtype)
 
 

@@ -20,8 +20,9 @@ def _plain(head: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("chunk_rows", [1, 4, 7, 1000])
 @pytest.mark.parametrize("labelled", ["all", "some", "none", "one"])
 def test_equals_plain_cross_entropy(chunk_rows: int, labelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp64: the sum of losses and both gradients, whatever the chunks and the ignored labels."""
+    """In fp64: the sum of losses and both gradients, whatever the chunks, their softmaxes and the ignored labels."""
     monkeypatch.setattr(head_file, "_CPU_ROWS", chunk_rows)
+    monkeypatch.setattr(head_file, "_CPU_LOGITS", 3 * 23)
     torch.manual_seed(0)
     head = OutputHead(5, 23).double()
     hidden = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
