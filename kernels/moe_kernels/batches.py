@@ -115,8 +115,8 @@ class Batches:
 
     def clear_idle(self, dw: Tensor) -> Tensor:
         """`dw` (E, O, I) with 0 for experts without a row. In place."""
-        if self._idle:
-            dw[self._idle] = 0
+        for expert in self._idle:
+            dw[expert] = 0
         return dw
 
 

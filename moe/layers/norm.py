@@ -28,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
 class _UnfusedRMSNorm(torch.autograd.Function):
     """The same where torch has no fused kernel: its composition keeps x twice and takes twice as long as this one.
 
-    With n = x / sqrt(mean(x^2) + eps):  dw = sum of dy n,   dx = (dy w - n mean(dy w n)) / sqrt(mean(x^2) + eps).
+    With r = 1 / sqrt(mean(x^2) + eps), a number a row:  dw = sum of dy x r,   dx = (dy w - x r^2 mean(dy x w)) r.
     """
 
     @staticmethod
@@ -42,12 +42,13 @@ class _UnfusedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        normed = _rows(x, weight) * inverse
-        dy = _rows(dy, weight)
-        by_weight = dy * normed
-        mean = torch.mv(by_weight, weight.flatten().to(by_weight.dtype)).div_(weight.numel()).unsqueeze(1)
-        dx = (dy * weight.flatten()).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype).view_as(x), by_weight.sum(0).to(weight.dtype).view_as(weight), None
+        rows, dy = _rows(x, weight), _rows(dy, weight)
+        by_row = weight.flatten().to(dy.dtype)
+        product = dy * rows
+        d_weight = torch.mv(product.t(), inverse.flatten())
+        shift = torch.mv(product, by_row).unsqueeze(1).mul_(inverse.square()).div_(weight.numel())
+        dx = torch.mul(dy, by_row, out=product).addcmul_(rows, shift, value=-1).mul_(inverse)
+        return dx.to(x.dtype).view_as(x), d_weight.to(weight.dtype).view_as(weight), None
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:

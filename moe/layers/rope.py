@@ -7,9 +7,11 @@ neighbours (0,1), (2,3), … (DeepSeek; `interleaved=True`) and halves (0,d/2), 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["STRETCHINGS", "Llama3", "Rotary", "Stretching", "Yarn", "apply_rotary", "rotary_tables"]
 
@@ -125,11 +127,43 @@ def apply_rotary(x: Tensor, rotary: Rotary, *, interleaved: bool) -> Tensor:
 
     The pairs are those of the last d coordinates; what comes before, where W > d, has no position and stays as it is.
     Interleaved input comes out with the pairs' first coordinates in front of their second: queries and keys are
-    permuted alike, so their products are unchanged.
+    permuted alike, so their products are unchanged. Can be differentiated once.
     """
     cos, sin = (table.unsqueeze(-2) for table in rotary)
-    plain, turned = x.tensor_split((x.shape[-1] - 2 * cos.shape[-1],), dim=-1)
-    wide = turned.float()
-    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((plain, *(half.to(x.dtype) for half in pair)), dim=-1)
+    if torch.compiler.is_compiling():  # the compiler writes the gradient by itself
+        return _turned(x, cos, sin, interleaved, False)
+    return _Rotation.apply(x, cos, sin, interleaved)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, in as many passes over memory; autograd's takes twice as many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turned(x, cos, sin, interleaved, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, -sin, False, ctx.interleaved), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, into_interleaved: bool) -> Tensor:
+    """`x` with its last pairs turned, which lie one way or the other, before and after."""
+    plain = x.shape[-1] - 2 * cos.shape[-1]
+    out = torch.empty_like(x)
+    out[..., :plain] = x[..., :plain]
+    first, second = (part.float().contiguous() for part in _pairs(x[..., plain:], interleaved))
+    out_first, out_second = _pairs(out[..., plain:], into_interleaved)
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+    out_second.copy_((second * cos).addcmul_(first, sin))
+    return out
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The pairs' first and second coordinates, each a view of its own, which may be written to."""
+    half = x.shape[-1] // 2
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
