@@ -30,7 +30,7 @@ def _leaves(length: int, value_width: int, dtype: torch.dtype) -> Parts:
 
 @pytest.mark.parametrize("sequences_together", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("length", "value_width"), [(1, 4), (63, 10), (64, 16), (150, 7)])
+@pytest.mark.parametrize(("length", "value_width"), [(1, 4), (127, 10), (128, 16), (300, 7)])
 def test_equals_the_definition(
     length: int,
     value_width: int,
@@ -39,7 +39,8 @@ def test_equals_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the length's remainder by a step, values wider and narrower than keys, sequences alone or together."""
-    monkeypatch.setattr(causal, "_SCORES", sequences_together * 2 * 64 * length)
+    for name in ("_SCORES", "_SCORES_BF16"):
+        monkeypatch.setattr(causal, name, sequences_together * 2 * causal._QUERIES * length)
     leaves = _leaves(length, value_width, dtype)
     mixed = causal_attention(*leaves, SCALE)
     seed = torch.randn(mixed.shape).to(dtype)
