@@ -14,6 +14,7 @@ The floor is the step's operations at the rate of its own matrix products, measu
 """
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -153,6 +154,7 @@ class Bench:
     def meter(self) -> dict[str, object]:
         """A metered loop of real steps, called as `moe.trainer.loop` calls: three phases, progress, and a snapshot."""
         side = Ours(self.config, "fp32")
+        gc.collect()  # the race's garbage: whichever thread allocates next would clear it away, the reader's too
         with tempfile.TemporaryDirectory() as folder, EnergyMeter(Path(folder) / "ledger.jsonl") as meter:
             told_s = wall_s = read_s = 0.0
             for number in range(-2, self.rounds):  # what the first calls load and allocate is paid once
