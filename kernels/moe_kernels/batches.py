@@ -80,18 +80,18 @@ class Batches:
             Batch(experts, slice(start, end), self.scratch)
             for (experts, _), (start, end) in zip(found, pairwise(ends), strict=True)
         ]
-        self._end = ends[-1]
-        self.n_slots = (self._end // _SLOTS + 1) * _SLOTS
+        end = ends[-1]
+        self.n_slots = (end // _SLOTS + 1) * _SLOTS
         room_B = np.array([room for experts, room in found for _ in experts], np.int64)
         load_B, start_B = (
             np.array([values[expert] for experts, _ in found for expert in experts], np.int64)
             for values in (loads, starts)
         )
-        at_S = np.arange(self._end) - np.repeat(np.cumsum(room_B) - room_B, room_B)
+        at_S = np.arange(end) - np.repeat(np.cumsum(room_B) - room_B, room_B)
         load_S = np.repeat(load_B, room_B)
         row_S, real_S = np.zeros(self.n_slots, np.int64), np.zeros(self.n_slots, bool)
-        row_S[: self._end] = np.repeat(start_B, room_B) + np.minimum(at_S, load_S - 1)
-        real_S[: self._end] = at_S < load_S
+        row_S[:end] = np.repeat(start_B, room_B) + np.minimum(at_S, load_S - 1)
+        real_S[:end] = at_S < load_S
         slot_R = np.full(n_rows, self.n_slots - 1)
         slot_R[row_S[real_S]] = real_S.nonzero()[0]
         self.row_S, self.real, self._slot_R = (torch.from_numpy(part) for part in (row_S, real_S, slot_R))
@@ -109,8 +109,8 @@ class Batches:
         return self._slot_R.index_select(0, rows)
 
     def clear(self, values: Tensor) -> Tensor:
-        """`values` (S, ...) with 0 in the slots of no expert. In place."""
-        values[self._end :] = 0
+        """`values` (S, ...) with 0 in the last slot. In place."""
+        values[-1] = 0
         return values
 
     def clear_idle(self, dw: Tensor) -> Tensor:
