@@ -1,6 +1,7 @@
 """The grouped products in torch: the reference of `gemm.py`'s kernels, and the fast path on a CPU.
 
-Letters and index ranges are those of `gemm.py`. bf16 on a CPU goes the way of `batches.py` instead.
+Letters and index ranges are those of `gemm.py`. `product` and `weight_gradient` go group by group; `forward`, `dgrad`
+and `wgrad`, which `gemm.py` calls, go by `batches.py` in bf16 on a CPU.
 """
 
 from itertools import pairwise

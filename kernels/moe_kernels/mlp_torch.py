@@ -24,15 +24,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, h); h is empty unless `keep`."""
     top_k = weight.shape[1]
-
-    def multiply(rows: Tensor, matrices: Tensor) -> Tensor:
-        y = product(rows, matrices, offsets)
-        return clear_nulls(y, offsets) if null_experts else y
-
-    h = multiply(x.index_select(0, order // top_k), gate_up.mT)
+    h = _product(x.index_select(0, order // top_k), gate_up.mT, offsets, null_experts)
     before, after = weights_of(weight, order, weighting)
     wa = swiglu_forward(h if before is None else scale(h, before), after)
-    return sum_slots(multiply(wa, down.mT), place, top_k, "torch"), h if keep else h.new_empty(0)
+    return sum_slots(_product(wa, down.mT, offsets, null_experts), place, top_k, "torch"), h if keep else h.new_empty(0)
 
 
 def backward(
@@ -52,14 +47,9 @@ def backward(
     """(dx, dgate_up, ddown, dweight); what `need` says is not needed comes back empty."""
     need_x, need_gate_up, need_down, _ = need
     top_k = weight.shape[1]
-
-    def multiply(rows: Tensor, matrices: Tensor) -> Tensor:
-        y = product(rows, matrices, offsets)
-        return clear_nulls(y, offsets) if null_experts else y
-
     token = order // top_k
     dy_rows = dy.to(x.dtype).index_select(0, token)
-    q = multiply(dy_rows, down)
+    q = _product(dy_rows, down, offsets, null_experts)
     before, after = weights_of(weight, order, weighting)
     dh, wa, dw_rows = swiglu_backward(q, h if before is None else scale(h, before), after)
     del q
@@ -76,8 +66,14 @@ def backward(
     if need_gate_up:
         d_gate_up = weight_gradient(dh, x.index_select(0, token), offsets, gate_up.dtype)
     if need_x:
-        d_x = sum_slots(multiply(dh, gate_up), place, top_k, "torch")
+        d_x = sum_slots(_product(dh, gate_up, offsets, null_experts), place, top_k, "torch")
     return d_x, d_gate_up, d_down, d_weight.view_as(weight).to(weight.dtype)
+
+
+def _product(rows: Tensor, matrices: Tensor, offsets: Tensor, null_experts: int) -> Tensor:
+    """Of every expert's rows; 0 in those of null experts."""
+    y = product(rows, matrices, offsets)
+    return clear_nulls(y, offsets) if null_experts else y
 
 
 def weights_of(weight: Tensor, choice: Tensor, weighting: str) -> tuple[Tensor | None, Tensor]:

@@ -139,10 +139,13 @@ class _Rotation(torch.autograd.Function):
     """Its gradient is the rotation back, in as many passes over memory; autograd's takes twice as many."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         return _turned(x, cos, sin, interleaved, False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, cos, sin, ctx.interleaved = inputs
+        ctx.save_for_backward(cos, sin)
 
     @staticmethod
     @once_differentiable

@@ -43,3 +43,10 @@ def test_what_has_no_position_stays_to_the_bit() -> None:
     out = apply_rotary(x, rotary_tables(torch.arange(5)[None], 4, THETA), interleaved=True)
     assert torch.equal(out[..., :6], x[..., :6])
     assert not torch.equal(out[..., 6:], x[..., 6:])
+
+
+def test_torch_func_differentiates_it() -> None:
+    """A rotation keeps lengths: the gradient of the squared length is twice what went in."""
+    x, rotary = torch.randn(1, 5, 2, 10), rotary_tables(torch.arange(5)[None], 4, THETA)
+    found = torch.func.grad(lambda given: apply_rotary(given, rotary, interleaved=True).square().sum())(x)
+    torch.testing.assert_close(found, 2 * x)
