@@ -7,12 +7,14 @@ their room, 16 or 4 get as much as the largest among them, if that adds no more 
 
 Rows lie in slots, expert after expert in that order. What fills an expert up repeats its last row, which is as finite
 as the others; whoever adds over slots gives it the weight 0. Behind all come slots of no expert, the last of which is
-that of the rows behind the last group. Letters: R rows, S slots, P slots of a batch, E experts, I inputs, O outputs.
+that of the rows behind the last group. What is not a product is done for a piece of the slots at a time, some batches
+whose rows fit the cache. Letters: R rows, S slots, P slots of a piece, E experts, I inputs, O outputs.
 
 Example: groups of 33, 30, 0 and 2 rows -> a batch each, slots 0 .. 63 for the first expert, 64 .. 95 for the second and
-96 .. 127 for the fourth; then 896 of no expert.
+96 .. 127 for the fourth, all in one piece; then 896 of no expert.
 """
 
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -26,40 +28,60 @@ __all__ = ["STEP", "Batches"]
 STEP = 32  # rows; rooms are multiples of it
 _TOGETHER = (16, 4, 1)  # experts in one product: few numbers, that few shapes occur
 _SURPLUS = 1.25
+_PIECE = 2048  # slots, or one batch: fewer and what surrounds an operation counts, more and rows fall out of the cache
 _SLOTS = 1024  # a multiple of them: tensors of like size in every step find their memory again
 
 
-class Batch:
-    """Experts of one room, one behind the other in `slots`; and their products."""
+class Piece:
+    """Batches of experts, one behind the other; and their products.
 
-    def __init__(self, experts: list[int], slots: slice, scratch: Scratch) -> None:
-        self.slots = slots
-        self._experts, self._scratch = experts, scratch
+    slots: where they lie.
+    real: which of the rows that lie in any slots, in their order, lie in these.
+    """
+
+    def __init__(self, batches: list[tuple[list[int], int]], slots: slice, real: slice, scratch: Scratch) -> None:
+        self.slots, self.real = slots, real
+        self._scratch = scratch
+        ends = accumulate((len(experts) * room for experts, room in batches), initial=0)
+        self._batches = [
+            (len(experts), _in_twos(experts), slice(start, end))
+            for (experts, _), (start, end) in zip(batches, pairwise(ends), strict=True)
+        ]
 
     def product(self, x: Tensor, w: Tensor, y: Tensor) -> None:
         """y[s] = x[s] @ w[e(s)] of x (P, I) and w (E, I, O), cast; y (P, O)."""
         stored = w if w.is_contiguous() else w.mT
-        some = self._scratch("matrices", (len(self._experts), *stored.shape[1:]), x.dtype)
-        torch._foreach_copy_(some.unbind(), [stored[expert] for expert in self._experts])
-        torch.bmm(self._apart(x), some if stored is w else some.mT, out=self._apart(y))
+        for count, twos, rows in self._batches:
+            some = self._scratch("matrices", (count, *stored.shape[1:]), x.dtype)
+            torch._foreach_copy_(some.split(2), [stored[two] for two in twos])
+            torch.bmm(_apart(x[rows], count), some if stored is w else some.mT, out=_apart(y[rows], count))
 
     def wgrad(self, dy: Tensor, x: Tensor, dw: Tensor) -> None:
-        """dw[e] = dy[s]^T x[s] of this batch's experts; dy (P, O) and x (P, I), dw (E, O, I)."""
-        some = self._scratch("matrices", (len(self._experts), *dw.shape[1:]), x.dtype)
-        torch.bmm(self._apart(dy).mT, self._apart(x), out=some)
-        torch._foreach_copy_([dw[expert] for expert in self._experts], some.unbind())
+        """dw[e] = dy[s]^T x[s] of the experts here; dy (P, O) and x (P, I), dw (E, O, I)."""
+        for count, twos, rows in self._batches:
+            some = self._scratch("matrices", (count, *dw.shape[1:]), x.dtype)
+            torch.bmm(_apart(dy[rows], count).mT, _apart(x[rows], count), out=some)
+            torch._foreach_copy_([dw[two] for two in twos], some.split(2))
 
-    def _apart(self, rows: Tensor) -> Tensor:
-        return rows.view(len(self._experts), -1, rows.shape[1])
+
+def _apart(rows: Tensor, count: int) -> Tensor:
+    return rows.view(count, -1, rows.shape[1])
+
+
+def _in_twos(experts: list[int]) -> list[slice]:
+    """Slices that pick them out of all, two at a time: half as many copies, which are large enough for two threads."""
+    twos = (experts[i : i + 2] for i in range(0, len(experts), 2))
+    return [slice(two[0], two[-1] + 1, max(1, two[-1] - two[0])) for two in twos]
 
 
 class Batches:
-    """Where the rows of sorted groups lie, and the batches they are multiplied in.
+    """Where the rows of sorted groups lie, and the pieces they are multiplied in.
 
-    batches: their slots lie one behind the other.
+    pieces: their slots lie one behind the other.
     n_slots: S, those of no expert too.
     row_S: (S,) int64, the row that lies in a slot.
     real: (S,) bool, where a row of an expert lies, and not what fills one up.
+    slot_of_real: int64, the slots where they lie.
     scratch: buffers for the caller too.
     """
 
@@ -75,12 +97,13 @@ class Batches:
         loads = [end - start for start, end in pairwise(starts)]
         self._idle = [expert for expert, load in enumerate(loads) if not load]
         found = _batches(loads)
-        ends = [0, *accumulate(len(experts) * room for experts, room in found)]
-        self.batches = [
-            Batch(experts, slice(start, end), self.scratch)
-            for (experts, _), (start, end) in zip(found, pairwise(ends), strict=True)
-        ]
-        end = ends[-1]
+        self.pieces: list[Piece] = []
+        end = real = 0
+        for some in _pieces(found):
+            start, first = end, real
+            end += sum(len(experts) * room for experts, room in some)
+            real += sum(loads[expert] for experts, _ in some for expert in experts)
+            self.pieces.append(Piece(some, slice(start, end), slice(first, real), self.scratch))
         self.n_slots = (end // _SLOTS + 1) * _SLOTS
         room_B = np.array([room for experts, room in found for _ in experts], np.int64)
         load_B, start_B = (
@@ -92,9 +115,12 @@ class Batches:
         row_S, real_S = np.zeros(self.n_slots, np.int64), np.zeros(self.n_slots, bool)
         row_S[:end] = np.repeat(start_B, room_B) + np.minimum(at_S, load_S - 1)
         real_S[:end] = at_S < load_S
+        slot_of_real = real_S.nonzero()[0]
         slot_R = np.full(n_rows, self.n_slots - 1)
-        slot_R[row_S[real_S]] = real_S.nonzero()[0]
-        self.row_S, self.real, self._slot_R = (torch.from_numpy(part) for part in (row_S, real_S, slot_R))
+        slot_R[row_S[slot_of_real]] = slot_of_real
+        self.row_S, self.real, self.slot_of_real, self._slot_R = (
+            torch.from_numpy(part) for part in (row_S, real_S, slot_of_real, slot_R)
+        )
 
     def spread(self, values: Tensor) -> Tensor:
         """(S, ...) of (R, ...), where what fills an expert up repeats its last row."""
@@ -132,9 +158,23 @@ def _batches(loads: list[int]) -> list[tuple[list[int], int]]:
             room = rooms[batch[-1]]
             if len(batch) == count and room * count <= _SURPLUS * sum(rooms[expert] for expert in batch):
                 break
-        found.append((batch, room))
+        found.append((sorted(batch), room))
         left = left[count:]
     return sorted(found, key=lambda batch: -len(batch[0]) * batch[1])
+
+
+def _pieces(batches: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    """Runs of them with room for a piece's rows at most, or one alone."""
+    piece, size = [], 0
+    for batch in batches:
+        more = len(batch[0]) * batch[1]
+        if piece and size + more > _PIECE:
+            yield piece
+            piece, size = [], 0
+        piece.append(batch)
+        size += more
+    if piece:
+        yield piece
 
 
 def _room(load: int) -> int:

@@ -29,8 +29,8 @@ def _multiply(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         return product(x, w, offsets)
     lie = Batches(offsets, len(x))
     rows, y = lie.spread(x), x.new_empty(lie.n_slots, w.shape[2])
-    for batch in lie.batches:
-        batch.product(rows[batch.slots], w, y[batch.slots])
+    for piece in lie.pieces:
+        piece.product(rows[piece.slots], w, y[piece.slots])
     return lie.gather(y)
 
 
@@ -41,8 +41,8 @@ def wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Ten
     lie = Batches(offsets, len(x))
     dy, x = lie.spread(dy) * lie.real.unsqueeze(1), lie.spread(x)
     dw = lie.clear_idle(x.new_empty(len(offsets) - 1, dy.shape[1], x.shape[1], dtype=out_dtype))
-    for batch in lie.batches:
-        batch.wgrad(dy[batch.slots], x[batch.slots], dw)
+    for piece in lie.pieces:
+        piece.wgrad(dy[piece.slots], x[piece.slots], dw)
     return dw
 
 

@@ -1,6 +1,6 @@
-"""The expert MLP in bf16 on a CPU: batch after batch of experts, from the rows they gather to what they add.
+"""The expert MLP in bf16 on a CPU: piece after piece of experts, from the rows they gather to what they add.
 
-What `mlp_torch.py` does, in the order in which rows stay in the cache, and in the same buffers for every batch. What
+What `mlp_torch.py` does, in the order in which rows stay in the cache, and in the same buffers for every piece. What
 fills experts up (`batches.py`) has the weight 0: it adds nothing to a gradient, and nobody reads its outputs.
 """
 
@@ -27,18 +27,22 @@ def forward(
     weighting: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h); h is empty unless `keep`."""
+    """(y, h); h is empty unless `keep`. Its rows lie as in slots, but for what fills experts up; null experts' are 0."""
     top_k = weight.shape[1]
     lie = Batches(offsets, len(order))
     token, before, after = _of_slots(lie, weight, order, weighting)
-    h, out = x.new_empty(lie.n_slots, gate_up.shape[1]), x.new_empty(lie.n_slots, down.shape[1])
-    for batch in lie.batches:
-        slots = batch.slots
-        batch.product(_rows(lie, "x rows", x, token[slots]), gate_up.mT, h[slots])
-        h_weighted = h[slots] if before is None else scale(h[slots], before[slots])
-        batch.product(swiglu_forward(h_weighted, after[slots], lie.scratch), down.mT, out[slots])
-    y = sum_slots(lie.clear(out), lie.slots_of(place), top_k, "torch")
-    return y, lie.gather(lie.clear(h)) if keep else h.new_empty(0)
+    kept = x.new_empty(len(order) if keep else 0, gate_up.shape[1])
+    kept[len(lie.slot_of_real) :] = 0  # of null experts
+    out = x.new_empty(lie.n_slots, down.shape[1])
+    for piece in lie.pieces:
+        slots = piece.slots
+        h = lie.scratch("h rows", (slots.stop - slots.start, gate_up.shape[1]), x.dtype)
+        piece.product(_rows(lie, "x rows", x, token[slots]), gate_up.mT, h)
+        if keep:
+            torch.index_select(h, 0, lie.slot_of_real[piece.real] - slots.start, out=kept[piece.real])
+        h_weighted = h if before is None else scale(h, before[slots])
+        piece.product(swiglu_forward(h_weighted, after[slots], lie.scratch), down.mT, out[slots])
+    return sum_slots(lie.clear(out), lie.slots_of(place), top_k, "torch"), kept if keep else x.new_empty(0)
 
 
 def backward(
@@ -67,11 +71,12 @@ def backward(
     )
     dx_rows = x.new_empty(lie.n_slots if need_x else 0, x.shape[1])
     dw_rows = weight.new_zeros(lie.n_slots, dtype=torch.float32)
-    for batch in lie.batches:
-        slots = batch.slots
-        dy_rows, h_rows = _rows(lie, "dy rows", dy, token[slots]), _rows(lie, "h rows", h, lie.row_S[slots])
+    h_row_S = lie.real.cumsum(0).sub_(1)  # what fills an expert up repeats its last row here too
+    for piece in lie.pieces:
+        slots = piece.slots
+        dy_rows, h_rows = _rows(lie, "dy rows", dy, token[slots]), _rows(lie, "h rows", h, h_row_S[slots])
         q = lie.scratch("q rows", (len(dy_rows), down.shape[2]), x.dtype)
-        batch.product(dy_rows, down, q)
+        piece.product(dy_rows, down, q)
         h_weighted = h_rows if before is None else scale(h_rows, before[slots])
         dh, wa, dw = swiglu_backward(q, h_weighted, after[slots], lie.scratch)
         if before is not None:
@@ -80,11 +85,11 @@ def backward(
         if weighting != "none":
             dw_rows[slots] = dw
         if need_down:
-            batch.wgrad(dy_rows, wa, d_down)
+            piece.wgrad(dy_rows, wa, d_down)
         if need_gate_up:
-            batch.wgrad(dh, _rows(lie, "x rows", x, token[slots]), d_gate_up)
+            piece.wgrad(dh, _rows(lie, "x rows", x, token[slots]), d_gate_up)
         if need_x:
-            batch.product(dh, gate_up, dx_rows[slots])
+            piece.product(dh, gate_up, dx_rows[slots])
     d_weight = torch.empty(weight.numel(), dtype=torch.float32)
     d_weight[order] = lie.gather(dw_rows)
     d_x = sum_slots(lie.clear(dx_rows), lie.slots_of(place), top_k, "torch") if need_x else dx_rows
