@@ -3,15 +3,15 @@
 oneDNN multiplies a batch of small matrices faster than one after the other, a thread each. And it compiles its product
 anew for every shape, 2 ms and 0.7 MB of code each where there is AMX, and keeps some thousand, while experts have other
 numbers of rows in every step. So an expert gets room for one of four numbers of rows an octave; and in the order of
-their room, 16 or 4 get as much as the largest among them, if that adds no more than a quarter, else one is alone.
+their room, 8 or 2 get as much as the largest among them, if that adds no more than a quarter, else one is alone.
 
 Rows lie in slots, expert after expert in that order. What fills an expert up repeats its last row, which is as finite
 as the others; whoever adds over slots gives it the weight 0. Behind all come slots of no expert, the last of which is
 that of the rows behind the last group. What is not a product is done for a piece of the slots at a time, some batches
 whose rows fit the cache. Letters: R rows, S slots, P slots of a piece, E experts, I inputs, O outputs.
 
-Example: groups of 33, 30, 0 and 2 rows -> a batch each, slots 0 .. 63 for the first expert, 64 .. 95 for the second and
-96 .. 127 for the fourth, all in one piece; then 896 of no expert.
+Example: groups of 33, 30, 0 and 2 rows -> a batch of the second and the fourth expert, slots 0 .. 31 and 32 .. 63, and
+one of the first, 64 .. 127, both in one piece; then 896 of no expert.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from .scratch import Scratch
 __all__ = ["STEP", "Batches"]
 
 STEP = 32  # rows; rooms are multiples of it
-_TOGETHER = (16, 4, 1)  # experts in one product: few numbers, that few shapes occur
+_TOGETHER = (8, 2, 1)  # experts in one product: few numbers, that few shapes occur
 _SURPLUS = 1.25
 _PIECE = 2048  # slots, or one batch: fewer and what surrounds an operation counts, more and rows fall out of the cache
 _SLOTS = 1024  # a multiple of them: tensors of like size in every step find their memory again

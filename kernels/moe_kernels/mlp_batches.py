@@ -27,7 +27,7 @@ def forward(
     weighting: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, h); h is empty unless `keep`. Its rows lie as in slots, but for what fills experts up; null experts' are 0."""
+    """(y, h); h is empty unless `keep`. Its rows lie as slots do, without what fills up; null experts' are 0."""
     top_k = weight.shape[1]
     lie = Batches(offsets, len(order))
     token, before, after = _of_slots(lie, weight, order, weighting)

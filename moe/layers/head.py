@@ -84,12 +84,14 @@ def _linear_cross_entropy(
         logits = chunk @ matrix.t()
         scored = (label != IGNORED).unsqueeze(1)
         target = torch.where(scored, label.unsqueeze(1), 0)
-        for some, at, counts in zip(logits.split(few), target.split(few), scored.split(few), strict=True):
+        found = []  # log-probabilities of the targets
+        for some, at in zip(logits.split(few), target.split(few), strict=True):
             log_p = F.log_softmax(some, 1, dtype=torch.float32)
-            total -= torch.where(counts, log_p.gather(1, at), 0.0).sum()
+            found.append(log_p.gather(1, at))
             if need_hidden or need_weight:  # logits become their gradient, of positions without a loss too
-                some.copy_(log_p.exp_().scatter_add_(1, at, torch.full_like(at, -1.0, dtype=torch.float32)))
+                some.copy_(log_p.exp_().scatter_(1, at, found[-1].expm1()))
             del log_p
+        total -= torch.where(scored, torch.cat(found), 0.0).sum()
         if need_hidden:
             torch.mm(logits, matrix, out=d_hidden[first : first + rows]).mul_(scored)
         if need_weight and d_weight.dtype == hidden.dtype:
