@@ -45,7 +45,7 @@ PEERS = {"theirs": "", "alike": "-alike", "shipped": "-shipped"}  # transformers
 BATCH, LENGTH, THREADS = 8, 256, 2
 AGREE = {"fp32": 1e-5, "bf16": 1e-3, "pure bf16": 3e-3}  # largest relative difference of the first losses
 METER_GOAL = 0.001
-WARM_UP = 6  # steps: the first ones of a training map memory and, in bf16, compile products
+WARM_UP = 16  # steps: the first ones of a training map memory and, in bf16, compile products
 
 Sides = Mapping[str, Contestant]
 Lines = list[dict[str, object]]
