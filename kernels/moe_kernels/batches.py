@@ -165,7 +165,8 @@ def _batches(loads: list[int]) -> list[tuple[list[int], int]]:
 
 def _pieces(batches: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
     """Runs of them with room for a piece's rows at most, or one alone."""
-    piece, size = [], 0
+    piece: list[tuple[list[int], int]] = []
+    size = 0
     for batch in batches:
         more = len(batch[0]) * batch[1]
         if piece and size + more > _PIECE:

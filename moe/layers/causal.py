@@ -21,9 +21,8 @@ from torch import Tensor
 
 __all__ = ["causal_attention"]
 
-_QUERIES = 128  # of each head at a time
-_SCORES = 2**18  # about how many there are at a time: more fall out of the cache
-_SCORES_BF16 = 2**20  # in bf16 they are half as long, and products so fast that fewer leave two cores waiting
+_QUERIES, _SCORES = 128, 2**18  # of each head at a time, and about how many scores: more fall out of the cache
+_QUERIES_BF16, _SCORES_BF16 = 256, 2**19  # half as long, and products so fast that fewer leave two cores waiting
 
 
 def causal_attention(query: Tensor, expanded: Tensor, k_rope: Tensor, scale: float) -> Tensor:
@@ -42,12 +41,17 @@ def _empty_result(query: Tensor, expanded: Tensor, k_rope: Tensor) -> Tensor:
     return query.new_empty(*query.shape[:3], expanded.shape[3] - query.shape[3] + k_rope.shape[2])
 
 
+def _at_a_time(query: Tensor) -> tuple[int, int]:
+    """(queries of a head, scores)."""
+    return (_QUERIES_BF16, _SCORES_BF16) if query.dtype == torch.bfloat16 else (_QUERIES, _SCORES)
+
+
 def _pieces(query: Tensor) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
     """Sequences taken together, and (first query, one past the last) of each of their steps."""
     batch, length, heads, _ = query.shape
-    scores = _SCORES_BF16 if query.dtype == torch.bfloat16 else _SCORES
-    together = max(1, scores // max(1, heads * _QUERIES * length))
-    steps = [(start, min(start + _QUERIES, length)) for start in range(0, length, _QUERIES)]
+    queries, scores = _at_a_time(query)
+    together = max(1, scores // max(1, heads * queries * length))
+    steps = [(start, min(start + queries, length)) for start in range(0, length, queries)]
     for first in range(0, batch, together):
         yield slice(first, first + together), steps
 
@@ -60,11 +64,17 @@ def _by_head(query: Tensor, expanded: Tensor, k_rope: Tensor, rows: slice) -> tu
     return query[rows].transpose(1, 2).flatten(0, 1), key.flatten(0, 1), parts[..., without:].flatten(0, 1)
 
 
-def _probabilities(query: Tensor, key: Tensor, start: int, end: int, scale: float) -> Tensor:
+def _later(query: Tensor) -> Tensor:
+    """-inf where a key comes after a query, of as many as are taken at a time; else 0."""
+    most = min(query.shape[1], _at_a_time(query)[0])
+    return query.new_full((most, most), -torch.inf).triu_(1)
+
+
+def _probabilities(query: Tensor, key: Tensor, start: int, end: int, scale: float, later: Tensor) -> Tensor:
     """P of the queries start … end over keys 0 … end; query and key (heads, S, W)."""
     scores = _product(query[:, start:end], key[:, :end].transpose(1, 2), scale)
     # both passes in half of masked_fill_'s time: 83 us of 170 for 32 x 128 x 128 bf16. Zeros first: inf - inf is NaN
-    scores[..., start:].tril_().add_(scores.new_full((end - start, end - start), -torch.inf).triu_(1))
+    scores[..., start:].tril_().add_(later[: end - start, : end - start])
     return scores.softmax(-1)
 
 
@@ -92,11 +102,11 @@ def _as_given(op: Callable) -> Callable:
 @torch.library.custom_op("moe::causal_attention", mutates_args=())
 @_as_given
 def _causal_attention(query: Tensor, expanded: Tensor, k_rope: Tensor, scale: float) -> Tensor:
-    mixed = _empty_result(query, expanded, k_rope)
+    mixed, later = _empty_result(query, expanded, k_rope), _later(query)
     for rows, steps in _pieces(query):
         q, k, v = _by_head(query, expanded, k_rope, rows)
         for start, end in steps:
-            p = _probabilities(q, k, start, end, scale)
+            p = _probabilities(q, k, start, end, scale, later)
             mixed[rows, start:end] = _by_token(torch.bmm(p, v[:, :end]), query.shape[2])
     return mixed
 
@@ -113,12 +123,13 @@ def _causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, without = query.shape[2], query.shape[3] - k_rope.shape[2]
     d_query, d_expanded, d_k_rope = (torch.empty(part.shape, dtype=part.dtype) for part in (query, expanded, k_rope))
-    wide = torch.promote_types(query.dtype, torch.float32)  # of what every step adds to
+    later = _later(query)
     for rows, steps in _pieces(query):
+        wide = torch.promote_types(query.dtype, torch.float32) if steps[1:] else query.dtype  # of what steps add up to
         q, k, v = _by_head(query, expanded, k_rope, rows)
         d_m = d_mixed[rows].transpose(1, 2).flatten(0, 1)
         for start, end in reversed(steps):
-            p = _probabilities(q, k, start, end, scale)
+            p = _probabilities(q, k, start, end, scale, later)
             d_p = torch.bmm(d_m[:, start:end], v[:, :end].transpose(1, 2))
             d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
             d_query[rows, start:end] = _by_token(_product(d_s, k[:, :end], scale), heads)

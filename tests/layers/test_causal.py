@@ -39,8 +39,9 @@ def test_equals_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the length's remainder by a step, values wider and narrower than keys, sequences alone or together."""
-    for name in ("_SCORES", "_SCORES_BF16"):
-        monkeypatch.setattr(causal, name, sequences_together * 2 * causal._QUERIES * length)
+    for suffix in ("", "_BF16"):
+        queries = getattr(causal, f"_QUERIES{suffix}")
+        monkeypatch.setattr(causal, f"_SCORES{suffix}", sequences_together * 2 * queries * length)
     leaves = _leaves(length, value_width, dtype)
     mixed = causal_attention(*leaves, SCALE)
     seed = torch.randn(mixed.shape).to(dtype)
