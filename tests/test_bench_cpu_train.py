@@ -48,6 +48,9 @@ def test_prints_one_json_object_a_line(bench: ModuleType, capsys: pytest.Capture
     times = fastest["all_ms"]
     assert times[f"ours {fastest['ours_precision']}"] == min(times["ours fp32"], times["ours bf16"])
     assert {"attention", "router", "experts", "head and loss", "AdamW"} <= set(fastest["parts_ms"])
+    for precision in ("fp32", "bf16"):
+        dense = lines[f"dense/{precision}"]["config"]
+        assert dense["routed_layer_ratio"] == pytest.approx(dense["dense_layer_ms"] / dense["routed_layer_ms"])
     assert lines["meter"]["config"]["energy_source"]
 
 

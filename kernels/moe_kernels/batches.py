@@ -5,10 +5,11 @@ anew for every shape, 2 ms and 0.7 MB of code each where there is AMX, and keeps
 numbers of rows in every step. So an expert gets room for one of four numbers of rows an octave; and in the order of
 their room, 8 or 2 get as much as the largest among them, if that adds no more than a quarter, else one is alone.
 
-Rows lie in slots, expert after expert in that order. What fills an expert up repeats its last row, which is as finite
-as the others; whoever adds over slots gives it the weight 0. Behind all come slots of no expert, the last of which is
-that of the rows behind the last group. What is not a product is done for a piece of the slots at a time, some batches
-whose rows fit the cache. Letters: R rows, S slots, P slots of a piece, E experts, I inputs, O outputs.
+Rows lie in slots, batch after batch, the largest first, and within one by the number of their expert. What fills an
+expert up repeats its last row, which is as finite as the others; whoever adds over slots gives it the weight 0. Behind
+all come slots of no expert, the last of which is that of the rows behind the last group. What is not a product is done
+for a piece of the slots at a time, some batches whose rows fit the cache. Letters: R rows, S slots, P slots of a piece,
+E experts, I inputs, O outputs.
 
 Example: groups of 33, 30, 0 and 2 rows -> a batch of the second and the fourth expert, slots 0 .. 31 and 32 .. 63, and
 one of the first, 64 .. 127, both in one piece; then 896 of no expert.
@@ -36,11 +37,11 @@ class Piece:
     """Batches of experts, one behind the other; and their products.
 
     slots: where they lie.
-    real: which of the rows that lie in any slots, in their order, lie in these.
+    rows: theirs among all rows in the order of their slots, without what fills experts up.
     """
 
-    def __init__(self, batches: list[tuple[list[int], int]], slots: slice, real: slice, scratch: Scratch) -> None:
-        self.slots, self.real = slots, real
+    def __init__(self, batches: list[tuple[list[int], int]], slots: slice, rows: slice, scratch: Scratch) -> None:
+        self.slots, self.rows = slots, rows
         self._scratch = scratch
         ends = accumulate((len(experts) * room for experts, room in batches), initial=0)
         self._batches = [
@@ -69,7 +70,7 @@ def _apart(rows: Tensor, count: int) -> Tensor:
 
 
 def _in_twos(experts: list[int]) -> list[slice]:
-    """Slices that pick them out of all, two at a time: half as many copies, which are large enough for two threads."""
+    """Slices that pick out rising numbers, two at a time: half as many copies, each large enough for two threads."""
     twos = (experts[i : i + 2] for i in range(0, len(experts), 2))
     return [slice(two[0], two[-1] + 1, max(1, two[-1] - two[0])) for two in twos]
 
@@ -79,9 +80,8 @@ class Batches:
 
     pieces: their slots lie one behind the other.
     n_slots: S, those of no expert too.
-    row_S: (S,) int64, the row that lies in a slot.
     real: (S,) bool, where a row of an expert lies, and not what fills one up.
-    slot_of_real: int64, the slots where they lie.
+    real_slots: int64, the slots where that is so, rising.
     scratch: buffers for the caller too.
     """
 
@@ -98,12 +98,12 @@ class Batches:
         self._idle = [expert for expert, load in enumerate(loads) if not load]
         found = _batches(loads)
         self.pieces: list[Piece] = []
-        end = real = 0
+        end = row = 0
         for some in _pieces(found):
-            start, first = end, real
+            start, first = end, row
             end += sum(len(experts) * room for experts, room in some)
-            real += sum(loads[expert] for experts, _ in some for expert in experts)
-            self.pieces.append(Piece(some, slice(start, end), slice(first, real), self.scratch))
+            row += sum(loads[expert] for experts, _ in some for expert in experts)
+            self.pieces.append(Piece(some, slice(start, end), slice(first, row), self.scratch))
         self.n_slots = (end // _SLOTS + 1) * _SLOTS
         room_B = np.array([room for experts, room in found for _ in experts], np.int64)
         load_B, start_B = (
@@ -115,16 +115,16 @@ class Batches:
         row_S, real_S = np.zeros(self.n_slots, np.int64), np.zeros(self.n_slots, bool)
         row_S[:end] = np.repeat(start_B, room_B) + np.minimum(at_S, load_S - 1)
         real_S[:end] = at_S < load_S
-        slot_of_real = real_S.nonzero()[0]
+        real_slots = real_S.nonzero()[0]
         slot_R = np.full(n_rows, self.n_slots - 1)
-        slot_R[row_S[slot_of_real]] = slot_of_real
-        self.row_S, self.real, self.slot_of_real, self._slot_R = (
-            torch.from_numpy(part) for part in (row_S, real_S, slot_of_real, slot_R)
+        slot_R[row_S[real_slots]] = real_slots
+        self._row_S, self.real, self.real_slots, self._slot_R = (
+            torch.from_numpy(part) for part in (row_S, real_S, real_slots, slot_R)
         )
 
     def spread(self, values: Tensor) -> Tensor:
         """(S, ...) of (R, ...), where what fills an expert up repeats its last row."""
-        return values.index_select(0, self.row_S)
+        return values.index_select(0, self._row_S)
 
     def gather(self, values: Tensor) -> Tensor:
         """(R, ...) of (S, ...)."""
@@ -148,7 +148,7 @@ class Batches:
 
 def _batches(loads: list[int]) -> list[tuple[list[int], int]]:
     """(experts, slots of each) of every batch, of the number of rows of each expert; the largest batch comes first, so
-    that buffers need not grow."""
+    that buffers seldom grow."""
     rooms = {expert: _room(load) for expert, load in enumerate(loads) if load}
     left = sorted(rooms, key=rooms.__getitem__)
     found = []

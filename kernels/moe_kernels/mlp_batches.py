@@ -32,14 +32,14 @@ def forward(
     lie = Batches(offsets, len(order))
     token, before, after = _of_slots(lie, weight, order, weighting)
     kept = x.new_empty(len(order) if keep else 0, gate_up.shape[1])
-    kept[len(lie.slot_of_real) :] = 0  # of null experts
+    kept[len(lie.real_slots) :] = 0  # of null experts
     out = x.new_empty(lie.n_slots, down.shape[1])
     for piece in lie.pieces:
         slots = piece.slots
         h = lie.scratch("h rows", (slots.stop - slots.start, gate_up.shape[1]), x.dtype)
         piece.product(_rows(lie, "x rows", x, token[slots]), gate_up.mT, h)
         if keep:
-            torch.index_select(h, 0, lie.slot_of_real[piece.real] - slots.start, out=kept[piece.real])
+            torch.index_select(h, 0, lie.real_slots[piece.rows] - slots.start, out=kept[piece.rows])
         h_weighted = h if before is None else scale(h, before[slots])
         piece.product(swiglu_forward(h_weighted, after[slots], lie.scratch), down.mT, out[slots])
     return sum_slots(lie.clear(out), lie.slots_of(place), top_k, "torch"), kept if keep else x.new_empty(0)

@@ -89,7 +89,7 @@ def _linear_cross_entropy(
             log_p = F.log_softmax(some, 1, dtype=torch.float32)
             found.append(log_p.gather(1, at))
             if need_hidden or need_weight:  # logits become their gradient, of positions without a loss too
-                some.copy_(log_p.exp_().scatter_(1, at, found[-1].expm1()))
+                some.copy_(log_p.exp_().scatter_(1, at, found[-1].expm1()))  # p, and p - 1 for the target
             del log_p
         total -= torch.where(scored, torch.cat(found), 0.0).sum()
         if need_hidden:

@@ -7,7 +7,8 @@ timed; numbers are medians over the rounds, on two threads. Cases:
     fp32      both sides fp32, with the same head and loss, each with its trainer's memory: ours keeps what is freed.
               fp32-alike: transformers keeps it too; fp32-shipped: transformers with its own head and loss
     fastest   each side in the precision that is fastest for it; likewise fastest-alike and fastest-shipped
-    dense     tokens per second of the mixture over those of its dense twin
+    dense     tokens per second of the mixture over those of its dense twin, and beside it the time of a twin's
+              feed-forward over that of a routed layer with its shared expert, forward and backward
     meter     share of the wall time that metering a training loop takes
 
 The floor is the step's operations at the rate of its own matrix products, measured in the same process.
@@ -29,7 +30,7 @@ import torch
 from contestant import Contestant
 from measure import Times, hardware, race
 from step_parts import parts_ms, product_rate
-from training_sides import Ours, batch_of, build_ours, build_theirs
+from training_sides import Ours, batch_of, build_feed_forward, build_ours, build_theirs
 
 from moe import ModelConfig, accounting
 from moe.energy import EnergyMeter
@@ -66,10 +67,13 @@ class Bench:
         with ExitStack() as stack:
             sides = self._sides(stack)
             check({name: side(0) for name, side in sides.items()})  # each side's first step
-            for name, side in sides.items():
-                for seed in range(WARM_UP if "pure" not in name else 0):  # pure bf16 is several times too slow
-                    side(seed)
+            warm_up({name: side for name, side in sides.items() if "pure" not in name})  # it is several times too slow
             self.times = self._race(sides)
+        if "dense" in self.cases:
+            with ExitStack() as stack:
+                layers = self._feed_forwards(stack)
+                warm_up(layers)
+                self.times |= self._race(layers)
         for name in ("fp32", "bf16"):
             dtype = torch.float32 if name == "fp32" else torch.bfloat16
             self.rates[name] = product_rate(self.config, self.tokens, dtype)
@@ -102,6 +106,15 @@ class Bench:
             twin = self.config.dense_twin(match="active")
             sides |= {f"dense {p}": start(build_ours, twin, p) for p in ("fp32", "bf16")}
         return sides
+
+    def _feed_forwards(self, stack: ExitStack) -> Sides:
+        """A routed layer and the twin's, by themselves."""
+        kinds = {"routed layer": self.config, "dense layer": self.config.dense_twin(match="active")}
+        return {
+            f"{name} {p}": stack.enter_context(Contestant(THREADS, build_feed_forward, config, self.shape, p))
+            for name, config in kinds.items()
+            for p in ("fp32", "bf16")
+        }
 
     def _race(self, sides: Sides) -> Times:
         """Milliseconds of each side's step, everyone on the batch of the round."""
@@ -146,8 +159,11 @@ class Bench:
         ours, peer = (self.tokens / self._median_s(f"{name} {precision}") for name in ("ours", "dense"))
         floor = self._floor_s(precision) / self._median_s(f"ours {precision}")
         twin = self.config.dense_twin(match="active")
+        routed_s, dense_s = (self._median_s(f"{kind} layer {precision}") for kind in ("routed", "dense"))
         more = {"precision": precision, "twin_intermediate_size": twin.intermediate_size,
-                "twin_residual": accounting.twin_residual(self.config, twin)}  # fmt: skip
+                "twin_residual": accounting.twin_residual(self.config, twin),
+                "routed_layer_ms": routed_s * 1e3, "dense_layer_ms": dense_s * 1e3,
+                "routed_layer_ratio": dense_s / routed_s}  # fmt: skip
         peer_name = "our dense twin of equal active parameters"
         return self._line(f"dense/{precision}", ours, peer, peer_name, "tokens per s", ours / peer, floor, more)
 
@@ -191,6 +207,13 @@ class Bench:
         }  # fmt: skip
         return {"bench": "cpu-train", "case": case, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": unit,
                 "ratio": ratio, "floor_fraction": floor, "hardware": hardware(), "config": config}  # fmt: skip
+
+
+def warm_up(sides: Sides) -> None:
+    """Some steps of each."""
+    for side in sides.values():
+        for seed in range(WARM_UP):
+            side(seed)
 
 
 def check(losses: Mapping[str, float]) -> None:

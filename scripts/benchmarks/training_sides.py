@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from step_parts import train_layer
 from torch import Tensor, nn
 
 from moe import Balancer, ModelConfig, Transformer, hf
@@ -20,7 +21,7 @@ from moe.layers.head import next_token_labels
 from moe.optim import build_optimizer
 from moe.trainer.host_memory import keep_freed
 
-__all__ = ["Ours", "Side", "Theirs", "batch_of", "build_ours", "build_theirs"]
+__all__ = ["Ours", "Side", "Theirs", "batch_of", "build_feed_forward", "build_ours", "build_theirs"]
 
 OPTIM = OptimConfig()
 
@@ -125,6 +126,19 @@ def build_theirs(
         keep_freed()
     side = Theirs(Ours(config, "fp32"), precision, experts, same_head=same_head)
     return lambda seed: side.step(batch_of(config, shape, seed))
+
+
+def build_feed_forward(config: ModelConfig, shape: tuple[int, int], precision: str) -> Callable[[int], object]:
+    """Forward and backward of our last layer's feed-forward, a mixture with its shared experts or dense."""
+    keep_freed()
+    torch.manual_seed(0)
+    layer = Transformer(config).train().layers[-1].mlp
+
+    def work(seed: int) -> object:
+        x = torch.randn(*shape, config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        return train_layer(layer, x, precision == "bf16")()
+
+    return work
 
 
 def _same_groups(model: nn.Module) -> torch.optim.AdamW:

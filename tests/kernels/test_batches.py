@@ -36,11 +36,11 @@ class Products(TorchDispatchMode):
 def test_worked_example() -> None:
     """The numbers of the file's docstring, and rows behind the last group."""
     lie = Batches(offsets_of([33, 30, 0, 2]), 67)
-    assert [(piece.slots, piece.real) for piece in lie.pieces] == [(slice(0, 128), slice(0, 65))]
+    assert [(piece.slots, piece.rows) for piece in lie.pieces] == [(slice(0, 128), slice(0, 65))]
     assert lie.n_slots == 1024
     slots = [*range(64, 97), *range(30), 32, 33, 1023, 1023]
     assert lie.slots_of(torch.arange(67)).tolist() == slots
-    assert lie.real.nonzero().squeeze(1).tolist() == lie.slot_of_real.tolist() == sorted(slots[:65])
+    assert lie.real.nonzero().squeeze(1).tolist() == lie.real_slots.tolist() == sorted(slots[:65])
     found = lie.spread(torch.arange(67))
     assert found[slots[:65]].tolist() == list(range(65))
     assert found[97:128].tolist() == [32] * 31  # the last of 0 .. 32
@@ -71,7 +71,14 @@ def test_few_shapes_and_few_surplus_rows(sigma: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [[0, 5, 0, 40, 33, 31, 2, 0], [0] * 8, [111] + [0] * 7, [0, 900, 33, 2100, 60, 64, 62, 61]]
+    "rows",
+    [
+        [0, 5, 0, 40, 33, 31, 2, 0],
+        [0] * 8,
+        [111] + [0] * 7,
+        [0, 900, 33, 2100, 60, 64, 62, 61],  # several pieces
+        [40, 50, 33, 64, 60, 61, 45, 39],  # eight in one product
+    ],
 )
 @pytest.mark.parametrize("weighting", ["after", "before", "none"])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -92,6 +99,9 @@ def test_same_as_rows_in_groups(rows: list[int], weighting: str) -> None:
         found.append((y, *grads))
         assert h.shape == (n_rows, 48)
         assert way is mlp_torch or not h[sum(rows) :].any()
+        alone, none = way.forward(x, gate_up, down, weight, *given, 1, weighting, False)
+        assert torch.equal(alone, y)
+        assert not none.numel()
     for want, got in zip(*found, strict=True):
         assert want.dtype == got.dtype
         assert (want.float() - got.float()).abs().max() <= 2e-2 * want.float().abs().max()
