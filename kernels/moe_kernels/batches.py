@@ -17,6 +17,7 @@ one of the first, 64 .. 127, both in one piece; then 896 of no expert.
 
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,18 @@ _PIECE = 2048  # slots, or one batch: fewer and what surrounds an operation coun
 _SLOTS = 1024  # a multiple of them: tensors of like size in every step find their memory again
 
 
+class Batch(NamedTuple):
+    """Experts of one product, by rising number, each with room for so many rows."""
+
+    experts: list[int]
+    room: int
+
+    @property
+    def n_slots(self) -> int:
+        """What they take together."""
+        return len(self.experts) * self.room
+
+
 class Piece:
     """Batches of experts, one behind the other; and their products.
 
@@ -40,13 +53,13 @@ class Piece:
     rows: theirs among all rows in the order of their slots, without what fills experts up.
     """
 
-    def __init__(self, batches: list[tuple[list[int], int]], slots: slice, rows: slice, scratch: Scratch) -> None:
+    def __init__(self, batches: list[Batch], slots: slice, rows: slice, scratch: Scratch) -> None:
         self.slots, self.rows = slots, rows
         self._scratch = scratch
-        ends = accumulate((len(experts) * room for experts, room in batches), initial=0)
+        ends = accumulate((batch.n_slots for batch in batches), initial=0)
         self._batches = [
-            (len(experts), _in_twos(experts), slice(start, end))
-            for (experts, _), (start, end) in zip(batches, pairwise(ends), strict=True)
+            (len(batch.experts), _in_twos(batch.experts), slice(start, end))
+            for batch, (start, end) in zip(batches, pairwise(ends), strict=True)
         ]
 
     def product(self, x: Tensor, w: Tensor, y: Tensor) -> None:
@@ -101,13 +114,13 @@ class Batches:
         end = row = 0
         for some in _pieces(found):
             start, first = end, row
-            end += sum(len(experts) * room for experts, room in some)
-            row += sum(loads[expert] for experts, _ in some for expert in experts)
+            end += sum(batch.n_slots for batch in some)
+            row += sum(loads[expert] for batch in some for expert in batch.experts)
             self.pieces.append(Piece(some, slice(start, end), slice(first, row), self.scratch))
         self.n_slots = (end // _SLOTS + 1) * _SLOTS
-        room_B = np.array([room for experts, room in found for _ in experts], np.int64)
+        room_B = np.array([batch.room for batch in found for _ in batch.experts], np.int64)
         load_B, start_B = (
-            np.array([values[expert] for experts, _ in found for expert in experts], np.int64)
+            np.array([values[expert] for batch in found for expert in batch.experts], np.int64)
             for values in (loads, starts)
         )
         at_S = np.arange(end) - np.repeat(np.cumsum(room_B) - room_B, room_B)
@@ -146,34 +159,30 @@ class Batches:
         return dw
 
 
-def _batches(loads: list[int]) -> list[tuple[list[int], int]]:
-    """(experts, slots of each) of every batch, of the number of rows of each expert; the largest batch comes first, so
-    that buffers seldom grow."""
+def _batches(loads: list[int]) -> list[Batch]:
+    """Those of experts with so many rows; the largest comes first, so that buffers seldom grow."""
     rooms = {expert: _room(load) for expert, load in enumerate(loads) if load}
     left = sorted(rooms, key=rooms.__getitem__)
     found = []
     while left:
         for count in _TOGETHER:
-            batch = left[:count]
-            room = rooms[batch[-1]]
-            if len(batch) == count and room * count <= _SURPLUS * sum(rooms[expert] for expert in batch):
+            some = left[:count]
+            batch = Batch(sorted(some), rooms[some[-1]])
+            if len(some) == count and batch.n_slots <= _SURPLUS * sum(rooms[expert] for expert in some):
                 break
-        found.append((sorted(batch), room))
+        found.append(batch)
         left = left[count:]
-    return sorted(found, key=lambda batch: -len(batch[0]) * batch[1])
+    return sorted(found, key=lambda batch: -batch.n_slots)
 
 
-def _pieces(batches: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
-    """Runs of them with room for a piece's rows at most, or one alone."""
-    piece: list[tuple[list[int], int]] = []
-    size = 0
+def _pieces(batches: list[Batch]) -> Iterator[list[Batch]]:
+    """Runs of them with a piece's slots at most, or one alone."""
+    piece: list[Batch] = []
     for batch in batches:
-        more = len(batch[0]) * batch[1]
-        if piece and size + more > _PIECE:
+        if piece and sum(other.n_slots for other in piece) + batch.n_slots > _PIECE:
             yield piece
-            piece, size = [], 0
+            piece = []
         piece.append(batch)
-        size += more
     if piece:
         yield piece
 

@@ -22,7 +22,7 @@ from torch import Tensor
 __all__ = ["causal_attention"]
 
 _QUERIES, _SCORES = 128, 2**18  # of each head at a time, and about how many scores: more fall out of the cache
-_QUERIES_BF16, _SCORES_BF16 = 256, 2**19  # whose products are so fast that fewer leave two cores waiting
+_QUERIES_BF16, _SCORES_BF16 = 256, 2**19  # bf16 products are so fast that fewer leave two cores waiting
 
 
 def causal_attention(query: Tensor, expanded: Tensor, k_rope: Tensor, scale: float) -> Tensor:
@@ -125,7 +125,7 @@ def _causal_attention_backward(
     d_query, d_expanded, d_k_rope = (torch.empty(part.shape, dtype=part.dtype) for part in (query, expanded, k_rope))
     later = _later(query)
     for rows, steps in _pieces(query):
-        wide = torch.promote_types(query.dtype, torch.float32) if steps[1:] else query.dtype  # of what steps add up to
+        wide = torch.promote_types(query.dtype, torch.float32) if len(steps) > 1 else query.dtype  # of sums over steps
         q, k, v = _by_head(query, expanded, k_rope, rows)
         d_m = d_mixed[rows].transpose(1, 2).flatten(0, 1)
         for start, end in reversed(steps):
